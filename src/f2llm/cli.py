@@ -1,0 +1,176 @@
+"""The command line: one verb, one thin function; its docstring is its help.
+
+Exit codes: 0 done, 2 wrong use, 1 failed. Errors are one sentence on standard error; `--debug` adds the traceback.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from f2llm import __version__, runtime
+from f2llm.errors import F2Error, UsageError
+
+app = typer.Typer(
+    help="The open factory for multilingual text-embedding models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Dim = Annotated[
+    int | None, typer.Option(help="Dimensions of the vectors; the model's full width by default.")
+]
+TextColumn = Annotated[str, typer.Option(help="The column of a JSONL, CSV, TSV or Parquet file.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass  # `main` looks for --debug itself, since an error may come before any verb runs
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, such as recipes/quickstart.yaml.")],
+) -> None:
+    """Run a recipe: do what is not done yet, print the scores, write the report."""
+    from f2llm import pipeline
+    from f2llm.recipe import load
+
+    pipeline.run(load(recipe), recipe)
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    texts: Annotated[
+        Path, typer.Argument(help="A file of texts, one a line or in a column; - for standard input.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .npy or .parquet file; JSON lines are printed without."),
+    ] = None,
+    text_column: TextColumn = "text",
+    prompt: Annotated[str | None, typer.Option(help="query or document; bare texts by default.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Another instruction for queries.")] = None,
+    dim: Dim = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
+) -> None:
+    """Turn texts into vectors."""
+    from f2llm.embed.bulk import embed_file
+    from f2llm.embed.embedder import Embedder
+
+    embedder = Embedder(model)
+    vectors = embedder.encode_stream(
+        read_texts(texts, text_column),
+        prompt=prompt,
+        instruction=instruction,
+        dim=dim,
+        too_long="truncate" if truncate else "error",
+    )
+    if output is not None:
+        count = embed_file(vectors, output, identity=embedder.identity)
+        typer.echo(f"{count} vectors in {output}")
+    else:
+        for vector in vectors:
+            print(json.dumps([round(float(x), 7) for x in vector]))
+
+
+@app.command()
+def index(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    texts: Annotated[Path, typer.Argument(help="A file of texts, one a line or in a column.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the index.")],
+    text_column: TextColumn = "text",
+    dim: Dim = None,
+) -> None:
+    """Index texts for search."""
+    from f2llm.search.store import build_index
+
+    found = list(read_texts(texts, text_column))
+    blank = [""] * len(found)
+    facts = build_index(model, found, blank, blank, out, dim)
+    typer.echo(f"{facts['texts']} texts in {out}")
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="An index folder, such as runs/quickstart/index.")],
+    query: Annotated[str, typer.Argument(help="What to look for, in any language.")],
+    limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Find the texts of an index that are nearest to a query."""
+    from f2llm.search.store import search
+
+    hits = search(index, query, limit)
+    if as_json:
+        print(json.dumps([hit._asdict() for hit in hits], ensure_ascii=False))
+        return
+    for hit in hits:
+        print(
+            "  ".join(
+                filter(None, (f"{hit.score:.3f}", hit.text, f"({hit.lang})" if hit.lang else "", hit.thing))
+            )
+        )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions and settings that results and speed depend on."""
+    from f2llm.doctor import examine
+
+    facts = examine()
+    print(
+        json.dumps(facts, indent=2)
+        if as_json
+        else "\n".join(f"{name}: {value}" for name, value in facts.items())
+    )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def read_texts(path: Path, column: str) -> Iterator[str]:
+    """The texts of a file or of standard input, one a time."""
+    from f2llm.data.user_files import iterate_texts
+
+    if str(path) == "-":
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+    else:
+        yield from iterate_texts(path, column)
+
+
+def main() -> None:
+    """Entry point of the `f2llm` command: whatever goes wrong is one sentence, unless --debug is given."""
+    runtime.keep_memory()
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except F2Error as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        # Whoever read our output has gone; what Python would still flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+    raise F2Error("interrupted; what was finished is kept, and the same command goes on from there.")

@@ -1,0 +1,276 @@
+"""The Qwen3 decoder, ragged: a flat list of token ids and their lengths in, one vector per sequence out.
+
+Parameter names and outputs equal transformers' `Qwen3Model`, so weights go either way. There is no padding: linear
+layers and norms see each real token once, attention runs per group of sequences of equal length, and in the last
+layer only the final token of each sequence (EOS, the one that is pooled) goes on after keys and values.
+
+Shape suffixes: T tokens of all sequences, N sequences, C sequences in one group, L length of a group's sequences,
+H query heads, G key/value heads, D head width, E hidden width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from f2llm.errors import F2Error
+
+TRANSFORMERS_ROPE_THETA = 10_000.0  # what it takes where a config.json gives none
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a Qwen3 decoder; field names are those of transformers' `Qwen3Config`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 40_960
+
+
+def config_from_json(values: dict[str, Any], where: str) -> DecoderConfig:
+    """Read a `config.json`; whatever this decoder would compute differently is refused by name."""
+
+    def refuse(what: str, got: object, expected: str) -> None:
+        raise F2Error(
+            f"{where} has {what} = {got!r}, but the decoder supports {expected}; use another model."
+        )
+
+    if values.get("model_type") != "qwen3":
+        refuse("model_type", values.get("model_type"), "'qwen3' only")
+    if values.get("attention_bias"):
+        refuse("attention_bias", True, "attention without biases")
+    if values.get("use_sliding_window"):
+        refuse("use_sliding_window", True, "full attention only")
+    if set(values.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        refuse("layer_types", values["layer_types"], "'full_attention' only")
+    if values.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", values["hidden_act"], "'silu' only")
+    # As in transformers: rope_scaling wins over rope_parameters, and a rope_theta in either over one beside them.
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        refuse("rope type", rope_type, "'default' only")
+    if unknown := sorted(rope.keys() - {"rope_type", "type", "rope_theta"}):
+        refuse(f"rope parameter {unknown[0]}", rope[unknown[0]], "'rope_theta' only")
+    known = {name: values[name] for name in DecoderConfig.__dataclass_fields__ if name in values}
+    known["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta", TRANSFORMERS_ROPE_THETA)
+    try:
+        return DecoderConfig(**known)
+    except TypeError as error:
+        raise F2Error(f"{where} is incomplete ({error}); restore the file from the model's source.") from None
+
+
+def config_to_json(config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` that transformers 4 and 5, sentence-transformers, TEI, vLLM and llama.cpp read."""
+    return {
+        "architectures": ["Qwen3Model"],
+        "model_type": "qwen3",
+        **{name: getattr(config, name) for name in DecoderConfig.__dataclass_fields__},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "use_cache": False,
+        "use_sliding_window": False,
+    }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a batch lie once its sequences are sorted by length; made once per batch."""
+
+    groups: list[tuple[int, int]]  # (sequences, length of each), ascending length
+    token_order_T: Tensor  # sorted position -> position in the caller's flat list
+    positions_T: Tensor  # position inside its sequence
+    last_N: Tensor  # sorted position of each sequence's final token
+    restore_N: Tensor  # caller's sequence -> sorted sequence
+
+    @property
+    def group_tokens(self) -> list[int]:
+        return [count * length for count, length in self.groups]
+
+
+def make_layout(lengths: Sequence[int], device: torch.device) -> Layout:
+    """Sort sequences of the given lengths (each at least 1) into groups of equal length."""
+    lengths_N = torch.as_tensor(lengths, dtype=torch.int64)
+    if len(lengths_N) and int(lengths_N.min()) < 1:
+        raise F2Error("a sequence without tokens reached the decoder; each needs at least its EOS token.")
+    order_N = torch.argsort(lengths_N, stable=True)
+    sorted_N = lengths_N[order_N]
+    ends_N = sorted_N.cumsum(0)
+    starts_T = torch.repeat_interleave(ends_N - sorted_N, sorted_N)
+    positions_T = torch.arange(int(ends_N[-1]) if len(ends_N) else 0) - starts_T
+    caller_starts_N = (lengths_N.cumsum(0) - lengths_N)[order_N]
+    return Layout(
+        groups=[(len(list(same)), length) for length, same in groupby(sorted_N.tolist())],
+        token_order_T=(torch.repeat_interleave(caller_starts_N, sorted_N) + positions_T).to(device),
+        positions_T=positions_T.to(device),
+        last_N=(ends_N - 1).to(device),
+        restore_N=torch.argsort(order_N).to(device),
+    )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, as in Qwen3."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(config: DecoderConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, each [T, 1, D]; computed in float32 as transformers does."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_T.device)
+    frequencies = 1.0 / (config.rope_theta ** (half / config.head_dim))
+    angles_T1D = torch.outer(positions_T.float(), frequencies).repeat(1, 2).unsqueeze(1)
+    return angles_T1D.cos().to(dtype), angles_T1D.sin().to(dtype)
+
+
+def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """Rotary position embedding, half-split form (as in transformers' Qwen3)."""
+    first, second = x_THD.chunk(2, dim=-1)
+    return x_THD * cos_T1D + torch.cat((-second, first), dim=-1) * sin_T1D
+
+
+def attend(q_CLHD: Tensor, k_CLGD: Tensor, v_CLGD: Tensor, causal: bool) -> Tensor:
+    """Attention inside one group of equal lengths; returns [C, L of q, H, D]."""
+    out = F.scaled_dot_product_attention(
+        q_CLHD.transpose(1, 2),
+        k_CLGD.transpose(1, 2),
+        v_CLGD.transpose(1, 2),
+        is_causal=causal,
+        enable_gqa=q_CLHD.shape[2] != k_CLGD.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.head_dim
+        self.head_dim = width
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * width, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps)
+        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, x_TE: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], last_only: bool) -> Tensor:
+        """Returns [T, E], or [N, E] for the final tokens alone if `last_only`."""
+        cos_T1D, sin_T1D = rope
+        k_TGD = rotate(self.k_norm(self.k_proj(x_TE).unflatten(-1, (-1, self.head_dim))), cos_T1D, sin_T1D)
+        v_TGD = self.v_proj(x_TE).unflatten(-1, (-1, self.head_dim))
+        if last_only:
+            x_TE, cos_T1D, sin_T1D = (t.index_select(0, layout.last_N) for t in (x_TE, cos_T1D, sin_T1D))
+        q_THD = rotate(self.q_norm(self.q_proj(x_TE).unflatten(-1, (-1, self.head_dim))), cos_T1D, sin_T1D)
+        # One split and one cat around the groups: slicing per group would make every slice's backward
+        # allocate the whole tensor.
+        q_sizes = [count for count, _ in layout.groups] if last_only else layout.group_tokens
+        parts = zip(
+            layout.groups,
+            q_THD.split(q_sizes),
+            k_TGD.split(layout.group_tokens),
+            v_TGD.split(layout.group_tokens),
+            strict=True,
+        )
+        mixed = [
+            attend(
+                q.unflatten(0, (count, -1)),
+                k.unflatten(0, (count, length)),
+                v.unflatten(0, (count, length)),
+                causal=not last_only,
+            ).flatten(2).flatten(0, 1)
+            for (count, length), q, k, v in parts
+        ]  # fmt: skip
+        return self.o_proj(torch.cat(mixed))
+
+
+class MLP(nn.Module):
+    """The gated MLP (SwiGLU)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TE)) * self.up_proj(x_TE))
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention and MLP, each behind a norm and around a residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_TE: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], last_only: bool) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_TE), layout, rope, last_only)
+        if last_only:
+            x_TE = x_TE.index_select(0, layout.last_N)
+        x_TE = x_TE + attended
+        return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
+
+
+class Decoder(nn.Module):
+    """A Qwen3 decoder that returns one vector per sequence."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Vectors of the final tokens, before any normalisation to unit length.
+
+        Args:
+            ids_T: int64 [T], the token ids of all sequences one after another, each ending in EOS.
+            lengths: number of tokens of each sequence, N of them, adding up to T.
+
+        Returns:
+            [N, E] in the weights' dtype, in the order given.
+        """
+        layout = make_layout(lengths, ids_T.device)
+        x_TE = self.embed_tokens(ids_T.index_select(0, layout.token_order_T))
+        rope = rope_tables(self.config, layout.positions_T, x_TE.dtype)
+        final = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x_TE = layer(x_TE, layout, rope, last_only=number == final)
+        return self.norm(x_TE).index_select(0, layout.restore_N)
+
+
+def initialise(decoder: Decoder, generator: torch.Generator) -> None:
+    """Random weights as transformers draws them: normal with standard deviation 0.02, norms at one."""
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.02, generator=generator)

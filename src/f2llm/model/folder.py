@@ -1,0 +1,184 @@
+"""The model folder on disk: one that sentence-transformers, transformers, TEI, vLLM and llama.cpp load as it is.
+
+The layout is the legacy sentence-transformers one, which old and new readers both accept. What is ours alone stands
+in f2llm.json: EOS, prompt template, Matryoshka sizes, trained maximum length, and hashes of the model, its parent
+and its recipe. Weights are read from safetensors only; pickles and code in a folder are never touched.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import f2llm
+from f2llm.errors import F2Error
+from f2llm.files import atomic_write, read_json, sha256_file, write_json, write_text
+from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json
+from f2llm.model.prompts import TEMPLATE, query_prefix
+from f2llm.model.tokenizer import PAD, load_tokenizer
+
+SCHEMA_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The content of f2llm.json."""
+
+    eos_id: int
+    max_length: int  # most tokens of a text in training, EOS included
+    matryoshka_sizes: list[int]  # ascending, the last is the full width
+    instruction: str  # default instruction of queries; empty for a model trained without
+    template: str = TEMPLATE
+    parent: str | None = None  # identity of the model it was trained or cut from
+    recipe: str | None = None  # hash of the recipe that made it
+    kept: dict[str, list[int]] | None = None  # pruned models: indices kept of the parent's hidden units
+    identity: str = ""  # filled in by save_model
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in memory: decoder, tokenizer and facts."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    facts: ModelFacts
+
+
+def identity_hash(weights: Path, tokenizer: Path, template: str) -> str:
+    """What a vector depends on: weights, tokenizer and prompt template."""
+    parts = (sha256_file(weights), sha256_file(tokenizer), template)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def save_model(folder: Path, model: Model) -> ModelFacts:
+    """Write a complete model folder; f2llm.json comes last. Returns the facts with the identity filled in."""
+    facts, config = model.facts, model.decoder.config
+    write_text(folder / "tokenizer.json", model.tokenizer.to_str(pretty=False))
+    with atomic_write(folder / WEIGHTS) as file:
+        tensors = {name: t.detach().contiguous() for name, t in model.decoder.state_dict().items()}
+        file.write(save(tensors, metadata={"format": "pt"}))
+    matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": facts.matryoshka_sizes}
+    write_json(folder / "config.json", {**config_to_json(config), **matryoshka})
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(model))
+    for name, content in _sentence_transformers_files(config, facts).items():
+        write_json(folder / name, content)
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+    identity = identity_hash(folder / WEIGHTS, folder / "tokenizer.json", facts.template)
+    facts = ModelFacts(**{**asdict(facts), "identity": identity})
+    write_json(folder / "f2llm.json", asdict(facts))
+    return facts
+
+
+def _tokenizer_config(model: Model) -> dict[str, Any]:
+    eos = model.tokenizer.id_to_token(model.facts.eos_id)
+    pad = PAD if model.tokenizer.token_to_id(PAD) is not None else eos
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.facts.max_length,
+        "padding_side": "left",
+        "eos_token": eos,
+        "pad_token": pad,
+        "add_eos_token": True,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _sentence_transformers_files(config: DecoderConfig, facts: ModelFacts) -> dict[str, Any]:
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    other_poolings = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+    query = query_prefix(facts.instruction, facts.template) if facts.instruction else ""
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            **{f"pooling_mode_{name}": False for name in other_poolings},
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        },
+        "sentence_bert_config.json": {"max_seq_length": facts.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "__version__": {"f2llm": f2llm.__version__},
+            "prompts": {"query": query, "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+
+
+def load_model(folder: Path) -> Model:
+    """Read a model folder, float32, and check that it is what its f2llm.json says.
+
+    Raises F2Error if the folder is not a model, was changed after it was written, or needs another decoder.
+    """
+    if not (folder / "f2llm.json").is_file():
+        raise F2Error(
+            f"{folder} is not a model folder: it has no f2llm.json; point to a folder made by f2llm."
+        )
+    values = read_json(folder / "f2llm.json")
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise F2Error(
+            f"{folder}/f2llm.json has schema_version {values.get('schema_version')!r}, expected {SCHEMA_VERSION}; "
+            "install the f2llm version that wrote it."
+        )
+    try:
+        facts = ModelFacts(**values)
+    except TypeError as error:
+        raise F2Error(f"{folder}/f2llm.json is incomplete ({error}); make the folder again.") from None
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    decoder = load_decoder(folder)
+    if identity_hash(folder / WEIGHTS, folder / "tokenizer.json", facts.template) != facts.identity:
+        raise F2Error(
+            f"{folder} was changed after it was written: weights, tokenizer and template do not give the identity "
+            "in f2llm.json; copy or make the folder again."
+        )
+    return Model(decoder, tokenizer, facts)
+
+
+def load_decoder(folder: Path) -> Decoder:
+    """The decoder of any Qwen3 folder with one safetensors file, in float32 and evaluation mode."""
+    config = config_from_json(read_json(folder / "config.json"), f"{folder}/config.json")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise F2Error(
+            f"{folder / WEIGHTS} cannot be read ({error}); copy or make the folder again."
+        ) from None
+    state = {
+        name.removeprefix("model."): t.float() for name, t in tensors.items() if name != "lm_head.weight"
+    }
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    _check_shapes(decoder.state_dict(), state, folder / WEIGHTS)
+    decoder.load_state_dict(state, assign=True)
+    return decoder.eval()
+
+
+def _check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor], where: Path) -> None:
+    if missing := sorted(expected.keys() - got.keys()):
+        raise F2Error(f"{where} lacks {len(missing)} tensors, {missing[0]} first; copy the folder again.")
+    if surplus := sorted(got.keys() - expected.keys()):
+        raise F2Error(
+            f"{where} has {len(surplus)} tensors that config.json does not call for, {surplus[0]} first."
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != got[name].shape:
+            raise F2Error(
+                f"{where}: {name} has shape {list(got[name].shape)}, config.json calls for {list(tensor.shape)}; "
+                "the files are not of the same model."
+            )
+
+
+def model_size(decoder: Decoder) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in decoder.parameters())

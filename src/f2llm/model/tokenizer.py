@@ -1,0 +1,120 @@
+"""Texts to token ids: training a byte-level BPE, and encoding with EOS that survives truncation.
+
+The EOS token is appended by the post-processor inside tokenizer.json, so that every runtime that reads the file
+appends it; `encode` checks that it did.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.compute as pc
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from f2llm.data.rows import read_rows
+from f2llm.errors import F2Error, UsageError
+from f2llm.files import write_text
+from f2llm.model.prompts import query_prefix
+from f2llm.recipe import TokenizerStage
+from f2llm.text import clean
+
+EOS, PAD = "<|eos|>", "<|pad|>"
+# A word takes the space before it. Combining marks belong to their letters: cutting there would break the vowels
+# of the scripts of India and South-East Asia off their consonants.
+WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
+
+TooLong = Literal["error", "truncate"]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` entries (at least 258: bytes, EOS and PAD) over `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    # A leading space makes a text's first word the same tokens with and without a prompt in front of it.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    append_eos(tokenizer, EOS)
+    return tokenizer
+
+
+def append_eos(tokenizer: Tokenizer, eos: str) -> None:
+    """Make the tokenizer file itself append `eos` to every text."""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", pair=f"$A $B {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`, without any padding or truncation it may ask for."""
+    if not path.is_file():
+        raise F2Error(
+            f"{path} is missing; a model folder needs a tokenizer.json, so point to a complete one."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise F2Error(
+            f"{path} is not a tokenizer file ({error}); restore it from the model's source."
+        ) from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    prefix: str = "",
+    eos_id: int,
+    max_length: int,
+    too_long: TooLong,
+) -> list[list[int]]:
+    """Token ids of each text, each ending in EOS.
+
+    Args:
+        texts: any strings; `f2llm.text.clean` is applied.
+        prefix: the prompt, put in front of every text.
+        max_length: most tokens of a text, EOS included.
+        too_long: "error" refuses a longer text; "truncate" cuts it before EOS, which stays.
+    """
+    prefix = clean(prefix)
+    encoded = [e.ids for e in tokenizer.encode_batch_fast([prefix + clean(text) for text in texts])]
+    for number, ids in enumerate(encoded):
+        if not ids or ids[-1] != eos_id:
+            raise F2Error(
+                f"the tokenizer ended text {number} with token {ids[-1] if ids else 'nothing'}, expected EOS {eos_id}; "
+                "its post-processor does not append EOS, so vectors would be wrong: repair tokenizer.json."
+            )
+        if len(ids) > max_length:
+            if too_long == "error":
+                raise UsageError(
+                    f"text {number} has {len(ids)} tokens, the limit is {max_length}; "
+                    'shorten it, or ask for truncation (too_long="truncate").'
+                )
+            encoded[number] = [*ids[: max_length - 1], eos_id]
+    return encoded
+
+
+def tokenizer_stage(config: TokenizerStage, *, data: Path, out: Path) -> dict[str, Any]:
+    """Train a tokenizer on the texts of canonical rows (training rows only) and on their instructions."""
+    table, sources = read_rows(data)
+    texts = pc.unique(pc.drop_null(table["query"])).to_pylist()
+    texts = sorted({*texts, *pc.unique(pc.list_flatten(table["positives"])).to_pylist()})
+    # Instructions stand in front of every query, so their words are frequent although each is written once here.
+    prompts = [query_prefix(source.instruction) for source in sources] * (1 + len(texts) // 20)
+    tokenizer = train_bpe([*texts, *prompts], config.vocab_size)
+    write_text(out / "tokenizer.json", tokenizer.to_str(pretty=False))
+    return {"vocab_size": tokenizer.get_vocab_size(), "texts": len(texts)}

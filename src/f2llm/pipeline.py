@@ -1,0 +1,326 @@
+"""The pipeline: the stages of a recipe in order, each into a folder of its own, finished or not there.
+
+For each stage, in the order of the recipe:
+1. Its fingerprint is taken: of its config, the seed, and the contents of what it reads.
+2. A folder whose `manifest.json` has this fingerprint, and whose contents are those the manifest names, is done.
+3. A folder whose `started.json` has this fingerprint was interrupted: the stage goes on in it.
+4. Anything else in the way is an older result and is emptied.
+5. The stage writes its files; then the manifest is written, last, and makes the folder complete.
+
+Since a fingerprint holds the contents of the inputs, not their age, a change redoes just what depends on it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from f2llm import __version__
+from f2llm.errors import F2Error, UsageError
+from f2llm.files import read_json, sha256_file, sha256_folder, write_json, write_text
+from f2llm.progress import say
+from f2llm.recipe import (
+    EvaluateStage,
+    FilesStage,
+    IndexStage,
+    NamesStage,
+    PruneStage,
+    Recipe,
+    Stage,
+    TokenizerStage,
+    TrainStage,
+    canonical_json,
+    inputs,
+    recipe_hash,
+)
+from f2llm.summary import summarise
+
+MANIFEST_SCHEMA = 1
+MANIFEST, STARTED = "manifest.json", "started.json"
+NOT_CONTENT = (MANIFEST, STARTED, "checkpoints", "log.jsonl")  # a log tells times, never the same twice
+LIBRARIES = ("torch", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may know of the run beside its own config and inputs."""
+
+    seed: int
+    recipe_hash: str
+
+
+# --- The stages: each adapter imports its stage when it is run, so that a finished torch stage costs no import.
+
+Inputs = dict[str, Path]
+Facts = dict[str, Any]
+
+
+def _names(config: NamesStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.data.names import names_stage
+
+    return names_stage(config, out, context.seed)
+
+
+def _files(config: FilesStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.data.user_files import files_stage
+
+    return files_stage(config, out.name, out)
+
+
+def _tokenizer(config: TokenizerStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.model.tokenizer import tokenizer_stage
+
+    return tokenizer_stage(config, data=given[config.data], out=out)
+
+
+def _train(config: TrainStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.train.trainer import train_stage
+
+    return train_stage(
+        config,
+        data=given[config.data],
+        base=given[config.base] if config.base else None,
+        tokenizer=given[config.tokenizer] if config.tokenizer else None,
+        teacher=given[config.teacher] if config.teacher else None,
+        out=out,
+        seed=context.seed,
+        recipe_hash=context.recipe_hash,
+    )
+
+
+def _prune(config: PruneStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.compress.prune import prune_stage
+
+    return prune_stage(
+        config,
+        model=given[config.model],
+        data=given[config.data],
+        out=out,
+        seed=context.seed,
+        recipe_hash=context.recipe_hash,
+    )
+
+
+def _evaluate(config: EvaluateStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.evaluate.names import evaluate_stage
+
+    models = {name: given[name] for name in config.models}
+    return evaluate_stage(config, data=given[config.data], models=models, out=out)
+
+
+def _index(config: IndexStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.search.store import index_stage
+
+    return index_stage(config, data=given[config.data], model=given[config.model], out=out)
+
+
+StageFunction = Callable[[Any, Inputs, Path, Context], Facts]
+STAGES: dict[str, StageFunction] = {
+    "names": _names,
+    "files": _files,
+    "tokenizer": _tokenizer,
+    "train": _train,
+    "prune": _prune,
+    "evaluate": _evaluate,
+    "index": _index,
+}
+
+
+# --- The run
+
+
+def run(recipe: Recipe, recipe_path: Path) -> Path:
+    """Do what of the recipe is not done yet, then report. Returns the run's folder.
+
+    Beside the stages' folders it holds `recipe.yaml`, a copy of the file at `recipe_path`. Raises `F2Error` of one
+    sentence for whatever stops it; the stages finished until then are kept, and the next run goes on from there.
+    """
+    folder = recipe.output
+    context = Context(recipe.seed, recipe_hash(recipe))
+    _check_paths(recipe)
+    with _plain_errors("the run", folder), _alone_in(folder):
+        write_text(folder / "recipe.yaml", recipe_path.read_text(encoding="utf-8"))
+        contents: dict[str, str] = {}
+        for name, config in recipe.stages.items():
+            given, hashes = {}, {}
+            for item in inputs(config):
+                given[item.name] = Path(item.name) if item.is_path else folder / item.name
+                hashes[item.name] = content_hash(given[item.name]) if item.is_path else contents[item.name]
+            contents[name] = _finish(name, config, given, hashes, folder / name, context)
+        summarise(recipe, folder)
+    return folder
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a folder without what only describes how its contents came about."""
+    return sha256_folder(path, skip=NOT_CONTENT) if path.is_dir() else sha256_file(path)
+
+
+def _finish(
+    name: str, config: Stage, given: Inputs, hashes: dict[str, str], out: Path, context: Context
+) -> str:
+    """Make sure that stage `name` is complete in `out`; the hash of its contents."""
+    identity = {
+        "schema": MANIFEST_SCHEMA,
+        "stage": config.stage,
+        "config": config.model_dump(mode="json"),
+        "seed": context.seed,
+        "inputs": hashes,
+    }
+    fingerprint = hashlib.sha256(canonical_json(identity | {"f2llm": __version__})).hexdigest()
+    if content := _content_if_done(name, out, fingerprint):
+        say(f"{name}: done already")
+        return content
+    with _plain_errors(f"stage {name!r}", out):
+        spent = _open_folder(name, out, fingerprint)
+        began = time.monotonic()
+        facts = STAGES[config.stage](config, given, out, context)
+        seconds = spent + time.monotonic() - began
+        content = content_hash(out)
+        manifest = {
+            **identity,
+            "name": name,
+            "versions": _versions(),
+            "fingerprint": fingerprint,
+            "content": content,
+            "seconds": round(seconds, 3),
+            "peak_memory_gb": round(_peak_memory_gb(), 3),
+            "facts": facts,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(out / MANIFEST, manifest)
+        (out / STARTED).unlink()
+    say(f"{name}: done in {seconds:,.1f} s")
+    return content
+
+
+def _content_if_done(name: str, out: Path, fingerprint: str) -> str | None:
+    """The content hash of a stage that is complete, unchanged and undamaged."""
+    manifest = _read_if_there(out / MANIFEST)
+    if manifest is None:
+        return None
+    if manifest.get("fingerprint") != fingerprint:
+        say(f"{name}: made again, since its recipe or its inputs changed")
+        return None
+    content = content_hash(out)
+    if content != manifest.get("content"):
+        say(f"{name}: made again, since files in {out} were damaged or changed after it was done")
+        return None
+    return content
+
+
+def _open_folder(name: str, out: Path, fingerprint: str) -> float:
+    """Ready `out` for work, keeping what an interrupted start of the same work left; the seconds that took."""
+    discarded = out.with_name(f".{out.name}.old")
+    shutil.rmtree(discarded, ignore_errors=True)  # of a run killed while it emptied the folder
+    manifest, started = _read_if_there(out / MANIFEST), _read_if_there(out / STARTED) or {}
+    spent = 0.0
+    if started.get("fingerprint") == fingerprint and manifest is None:
+        spent = started["seconds_spent"] + _seconds_of_work(out)
+        for leftover in out.rglob(".*.tmp"):  # of files being written when it was killed
+            leftover.unlink()
+        say(f"{name}: going on after {spent:,.1f} s")
+    elif out.exists():
+        ours = "fingerprint" in (manifest or started)
+        if not ours and any(not path.match(".*.tmp") for path in out.iterdir()):
+            raise F2Error(
+                f"{out} holds files that f2llm did not make, and stage {name!r} needs the folder empty; "
+                "move them away or give the recipe another output."
+            )
+        out.rename(discarded)  # at once, so that a kill leaves no half-emptied folder
+        shutil.rmtree(discarded)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / STARTED, {"fingerprint": fingerprint, "seconds_spent": spent})
+    return spent
+
+
+def _seconds_of_work(out: Path) -> float:
+    """Seconds from the last start to the newest file: work after that left nothing and is done again."""
+    times = [path.stat().st_mtime for path in out.rglob("*") if path.is_file()]
+    return max(times) - (out / STARTED).stat().st_mtime
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    """A JSON object; one that cannot be read counts as empty, since then nothing it should say holds."""
+    if not path.exists():
+        return None
+    try:
+        value = read_json(path)
+    except F2Error:
+        value = {}
+    return value if isinstance(value, dict) else {}
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """What stages read from outside the run must be there before the first of them starts."""
+    for name, config in recipe.stages.items():
+        for item in inputs(config):
+            if item.is_path and not Path(item.name).exists():
+                raise UsageError(
+                    f"stage {name!r} ({config.stage}) reads {item.name}, which does not exist; "
+                    f"check the path, which is relative to {Path.cwd()}."
+                )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second run; the system lets go of it however this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            # A record lock, unlike flock, is not kept alive by worker processes that outlive a killed parent.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise F2Error(
+                f"{folder} is in use by another run (process {lock.read().strip() or 'unknown'}); "
+                "wait until it ends or give the recipe another output."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _plain_errors(who: str, folder: Path) -> Iterator[None]:
+    """Say what the system refused in one sentence; mistakes in the program pass as they are."""
+    try:
+        yield
+    except F2Error:
+        raise
+    except Exception as error:
+        # Libraries written in other languages know the error only as text.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            raise F2Error(
+                f"{who} stopped: the disk that holds {folder} is full; free some space and run the same command "
+                "again, which goes on from what is finished."
+            ) from error
+        if isinstance(error, OSError):
+            what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            raise F2Error(f"{who} stopped ({what}); mend that and run the same command again.") from error
+        raise
+
+
+def _versions() -> dict[str, str]:
+    libraries = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    return {"f2llm": __version__, "python": platform.python_version()} | libraries
+
+
+def _peak_memory_gb() -> float:
+    """Most memory this process has held, in 10^9 bytes; macOS counts in bytes, Linux in KiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

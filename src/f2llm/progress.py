@@ -1,0 +1,46 @@
+"""Progress on everything that takes longer than two seconds: a bar on a terminal, silence elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_console = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s")
+
+
+class Bar:
+    """Handle of one running bar."""
+
+    def __init__(self, progress: Progress, task: object) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self._progress.update(self._task, advance=amount, note=note)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress(*, total: float, what: str, unit: str) -> Iterator[Bar]:
+    """`with progress(total=500, what="train base", unit="step") as bar: bar.advance(1, note="loss 3.21")`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=_console, transient=True, disable=not sys.stderr.isatty()) as bars:
+        yield Bar(bars, bars.add_task(what, total=total, unit=unit, note=""))
+
+
+def say(message: str) -> None:
+    """One line of status on standard error."""
+    print(message, file=sys.stderr, flush=True)

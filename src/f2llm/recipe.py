@@ -1,0 +1,312 @@
+"""Recipes: one YAML file says what a run does, stage by stage, in the order in which data flows.
+
+A recipe is strict: an unknown key, a wrong type or a reference to nothing is one sentence with file and line. What
+a stage takes from earlier ones is marked in its fields with `Takes`, and nowhere else: the check of references here
+and the wiring in pipeline.py both read those marks (`inputs`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from f2llm.errors import UsageError
+from f2llm.recipe_errors import explain, nearest, problem
+from f2llm.yaml_lines import Location, read_yaml
+
+Format = Literal["retrieval", "clustering", "classification"]
+FORMATS: list[Format] = ["retrieval", "clustering", "classification"]
+
+
+class Takes(NamedTuple):
+    """Marks a field that names what a stage reads: earlier stages of these kinds, or files and folders."""
+
+    kinds: tuple[str, ...] = ()
+    or_path: bool = False
+
+
+DATA = Takes(("names", "files"))
+NAMES = Takes(("names",))
+TOKENIZER = Takes(("tokenizer",))
+TRAINED = Takes(("train",))
+MODEL = Takes(("train", "prune"))
+MODEL_OR_FOLDER = Takes(("train", "prune"), or_path=True)
+FILES = Takes(or_path=True)
+
+
+class Input(NamedTuple):
+    """One thing that a stage takes: where its config says so, the name of the stage or the path, and the mark."""
+
+    location: Location
+    name: str
+    takes: Takes
+
+    @property
+    def is_path(self) -> bool:
+        """Where both are allowed, a path is known by its slash, which no stage's name has."""
+        return self.takes.or_path and (not self.takes.kinds or "/" in self.name)
+
+
+class Strict(BaseModel):
+    """No unknown keys, no guessed types (`"3"` is not 3), no infinities, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class NamesStage(Strict):
+    """Names of territories, languages, scripts ... in every language, from Unicode CLDR, as training rows."""
+
+    stage: Literal["names"]
+    min_names: int = Field(100, ge=1, description="leave out languages with fewer names than this")
+    held_out_pairs: float = Field(
+        0.1, ge=0, lt=1, description="share of (thing, language) pairs kept for the score"
+    )
+    held_out_things: float = Field(
+        0.1, ge=0, lt=1, description="share of things kept out of training altogether"
+    )
+    positives: int = Field(8, ge=1, description="most names of the same thing written beside each name")
+    languages: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="only these languages (ISO 639-3, optional script: zho_Hant); all if left out",
+    )
+
+
+class FilesStage(Strict):
+    """A user's own rows: JSONL, CSV, TSV or Parquet."""
+
+    stage: Literal["files"]
+    files: Annotated[list[str], FILES] = Field(
+        min_length=1, description="paths, relative to the current directory"
+    )
+    format: Format = Field(description="how rows are trained on: retrieval, clustering or classification")
+    task: str = Field(
+        min_length=1, description="the kind of task, such as question answering or bitext mining"
+    )
+    instruction: str = Field(
+        min_length=1, description="what stands in front of a query when instructions are on"
+    )
+    symmetric: bool = Field(False, description="whether query and positive may change places")
+    licence: str = Field("unknown", min_length=1, description="SPDX name of the rows' licence")
+    query_lang: str = Field(
+        "und", min_length=1, description="language of the queries, such as deu or zho_Hant"
+    )
+    positive_lang: str = Field("und", min_length=1, description="language of the positives")
+
+
+class TokenizerStage(Strict):
+    """A byte-level BPE trained on the texts of `data`."""
+
+    stage: Literal["tokenizer"]
+    data: Annotated[str, DATA] = Field(description="the names or files stage whose texts to learn from")
+    vocab_size: int = Field(
+        ge=258, description="entries, at most: at least the 256 bytes and 2 special tokens"
+    )
+
+
+class Shape(Strict):
+    """The shape of a new Qwen3 decoder; the vocabulary is the tokenizer's."""
+
+    hidden_size: int = Field(ge=8, description="width of the residual stream and of the embedding")
+    intermediate_size: int = Field(ge=1, description="width of the MLP")
+    layers: int = Field(ge=1, description="number of decoder layers")
+    heads: int = Field(ge=1, description="number of query heads")
+    kv_heads: int = Field(ge=1, description="number of key and value heads; divides heads")
+    head_dim: int = Field(ge=2, multiple_of=2, description="width of one head; even, for rotary positions")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise problem(f"'kv_heads' ({self.kv_heads}) must divide 'heads' ({self.heads})", "kv_heads")
+        return self
+
+
+class HardNegatives(Strict):
+    """How many hard negatives each query gets, by format (defaults: F2LLM-v2's)."""
+
+    retrieval: int = Field(7, ge=0, description="for retrieval rows")
+    clustering: int = Field(9, ge=0, description="for clustering rows")
+    classification: int = Field(1, ge=0, description="for two-way classification rows")
+
+
+class TrainStage(Strict):
+    """Contrastive training of a new decoder (`shape` and `tokenizer`) or of an earlier one (`base`)."""
+
+    stage: Literal["train"]
+    data: Annotated[str, DATA] = Field(description="the names or files stage with the rows")
+    base: Annotated[str | None, MODEL_OR_FOLDER] = Field(
+        None,
+        description="the train or prune stage to go on from, or the path (with a slash) of a model folder",
+    )
+    shape: Shape | None = Field(None, description="the shape of a new decoder, with random weights")
+    tokenizer: Annotated[str | None, TOKENIZER] = Field(
+        None, description="the tokenizer stage of a new decoder"
+    )
+    teacher: Annotated[str | None, TRAINED] = Field(None, description="the train stage to distil from")
+    distillation_weight: float = Field(
+        1.0, gt=0, description="weight of the distance to the teacher's embeddings"
+    )
+    formats: list[Format] = Field(FORMATS, min_length=1, description="which formats' rows to train on")
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="how often each source is drawn, relative to its number of rows (1)"
+    )
+    instructions: bool = Field(description="whether queries carry their source's instruction")
+    document_instruction_rate: float = Field(
+        0.3, ge=0, le=1, description="share of documents of symmetric sources that carry the instruction too"
+    )
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(ge=2, description="queries in a step")
+    max_length: int = Field(512, ge=2, description="tokens of a text, EOS included; longer ones are cut")
+    hard_negatives: HardNegatives = Field(
+        HardNegatives(), description="hard negatives for each query, by format"
+    )
+    matryoshka: bool = Field(True, description="train the prefixes of 8, 16, 32 ... dimensions as well")
+    temperature: float = Field(0.05, gt=0, description="what cosine similarities are divided by")
+    learning_rate: float = Field(gt=0, description="AdamW's highest learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
+    checkpoint_every: int = Field(100, ge=1, description="steps between two checkpoints")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.base is None) == (self.shape is None):
+            raise problem("exactly one of 'base' (go on from a model) and 'shape' (a new one) must be given")
+        if (self.shape is None) != (self.tokenizer is None):
+            raise problem("'tokenizer' goes with 'shape': a new decoder needs one, a 'base' brings its own")
+        if self.teacher is None and "distillation_weight" in self.model_fields_set:
+            raise problem("'distillation_weight' has no effect without a 'teacher'", "distillation_weight")
+        if not self.instructions and "document_instruction_rate" in self.model_fields_set:
+            raise problem(
+                "'document_instruction_rate' has no effect without 'instructions'",
+                "document_instruction_rate",
+            )
+        if self.warmup_steps > self.steps:
+            raise problem(
+                f"'warmup_steps' ({self.warmup_steps}) exceeds 'steps' ({self.steps})", "warmup_steps"
+            )
+        return self
+
+
+class PruneStage(Strict):
+    """A smaller copy of a model: the widths' weakest units by activation norm and the last layers are cut."""
+
+    stage: Literal["prune"]
+    model: Annotated[str, MODEL] = Field(description="the train or prune stage whose model to cut")
+    data: Annotated[str, DATA] = Field(
+        description="the names or files stage with texts to measure activations on"
+    )
+    hidden_size: int = Field(ge=8, description="hidden width to keep")
+    intermediate_size: int = Field(ge=1, description="MLP width to keep")
+    layers: int = Field(ge=1, description="layers to keep, from the first")
+    calibration_texts: int = Field(1000, ge=1, description="texts to measure activations on")
+
+
+class EvaluateStage(Strict):
+    """Accuracy of models on held-out names, by language and embedding size."""
+
+    stage: Literal["evaluate"]
+    data: Annotated[str, NAMES] = Field(description="the names stage with the held-out names")
+    models: Annotated[list[str], MODEL] = Field(
+        min_length=1, description="the train or prune stages to score"
+    )
+    baselines: bool = Field(True, description="score character n-grams and exact look-up beside them")
+
+
+class IndexStage(Strict):
+    """The names embedded and stored for search."""
+
+    stage: Literal["index"]
+    data: Annotated[str, NAMES] = Field(description="the names stage with the names to index")
+    model: Annotated[str, MODEL] = Field(description="the train or prune stage whose model embeds them")
+    dim: int | None = Field(None, ge=1, description="dimensions to store; the model's full width if left out")
+    examples: list[str] = Field(
+        default_factory=list, description="queries to search for when the run is done"
+    )
+
+
+Stage = Annotated[
+    NamesStage | FilesStage | TokenizerStage | TrainStage | PruneStage | EvaluateStage | IndexStage,
+    Field(discriminator="stage"),
+]
+# A stage's name is its folder's: lower case, since some file systems do not tell the cases apart.
+StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    name: str = Field(min_length=1, description="what to call the run")
+    seed: int = Field(0, ge=0, description="everything random follows from it")
+    output: Path = Field(strict=False, description="folder of the run, relative to the current directory")
+    stages: dict[StageName, Stage] = Field(
+        min_length=1, description="the stages by name, in the order they run"
+    )
+
+    @model_validator(mode="after")
+    def _references_hold(self) -> Self:
+        wrong = list(_wrong_references(self.stages))
+        if wrong:
+            sentence, location = wrong[0]
+            raise problem(sentence, *location, more=len(wrong) - 1)
+        return self
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe file; whatever is wrong with it is a `UsageError` of one sentence with file and line."""
+    document = read_yaml(path)
+    try:
+        return Recipe.model_validate(document.value)
+    except ValidationError as error:
+        raise UsageError(explain(path, document, error, Recipe)) from None
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of what decides the result: seed and stages, but neither the run's name nor where it is written."""
+    values = recipe.model_dump(mode="json", exclude={"name", "output"})
+    return hashlib.sha256(canonical_json(values)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way to write `value` as JSON: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def inputs(stage: Stage) -> Iterator[Input]:
+    """What a stage takes, in the order of its fields."""
+    for field, info in type(stage).model_fields.items():
+        for takes in info.metadata:
+            value = getattr(stage, field)
+            if isinstance(takes, Takes) and isinstance(value, str):
+                yield Input((field,), value, takes)
+            elif isinstance(takes, Takes) and value is not None:
+                yield from (Input((field, number), name, takes) for number, name in enumerate(value))
+
+
+def _wrong_references(stages: dict[str, Stage]) -> Iterator[tuple[str, Location]]:
+    """A sentence and its place for every input that is not an earlier stage of a right kind."""
+    earlier: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        for item in inputs(stage):
+            valid = [other for other, config in earlier.items() if config.stage in item.takes.kinds]
+            if item.is_path or item.name in valid:
+                continue
+            if item.name in earlier:
+                what = f"a {earlier[item.name].stage} stage"
+            else:
+                what = "which comes no earlier" if item.name in stages else "which is no stage of this recipe"
+            wanted = f"an earlier {' or '.join(item.takes.kinds)} stage"
+            if item.takes.or_path:
+                wanted += ", or a path with a slash"
+            yield (
+                f"{item.location[0]!r} of stage {name!r} ({stage.stage}) is {item.name!r}, {what}, "
+                f"but it should name {wanted}: {nearest(item.name, valid, 'stage')}",
+                ("stages", name, *item.location),
+            )
+        earlier[name] = stage
