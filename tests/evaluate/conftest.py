@@ -100,7 +100,7 @@ def pretend_log(rng: np.random.Generator, config: Any) -> str:
 
 def pretend_scores(rng: np.random.Generator, languages: int) -> dict[str, Any]:
     """scores.json in which a language has one difficulty for everybody, and fewer dimensions cost accuracy."""
-    locales = [name for name in localedata.locale_identifiers() if name != "root"]
+    locales = [name for name in localedata.locale_identifiers() if name not in ("root", "en")]
     tags = sorted({tag(name) for name in locales if all(len(p) == 4 for p in name.split("_")[1:])})[
         :languages
     ]

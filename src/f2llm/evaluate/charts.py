@@ -77,7 +77,8 @@ def shorten(text: str, most: int) -> str:
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+    """The `d` of a line through the points; one point alone is a line of no length, drawn as a round dot."""
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points) + ("h0" if len(points) == 1 else "")
 
 
 def curves(series: Sequence[Series], sizes: Sequence[int], width: int) -> Chart:
@@ -260,6 +261,7 @@ def dumbbells(rows: Sequence[tuple[int, float, float]], width: int) -> Chart:
     narrow = width <= NARROW
     left, right, row_height, top = 44, width - (52 if narrow else 100), 34, 40
     values = [value for _, *pair in rows for value in pair]
+    gains_first = rows[0][2] >= rows[0][1]
     step = 0.05 if max(values) - min(values) < 0.3 else 0.1
     low = math.floor(min(values) / step) * step
     high = max(low + step, math.ceil(max(values) / step) * step)
@@ -274,6 +276,9 @@ def dumbbells(rows: Sequence[tuple[int, float, float]], width: int) -> Chart:
         "top": top,
         "bottom": height - 40,
         "x_ticks": [(x(tick), percent(tick, 0)) for tick in ticks[:: 2 if narrow and len(ticks) > 5 else 1]],
+        # The labels of the first row stand outside its two dots: (offset, anchor).
+        "without_label": (6, "end") if gains_first else (-6, "start"),
+        "with_label": (-6, "start") if gains_first else (6, "end"),
         "rows": [
             {
                 "size": size,

@@ -18,6 +18,7 @@ BASELINES = {
 }
 STRIP_LANGUAGES = 3  # scripts with fewer scored languages share one strip
 COLOURS = 6  # in templates/style.css
+LONGEST_FACT = 30
 
 Figures = dict[str, Any]
 
@@ -74,9 +75,13 @@ def duration(seconds: float) -> str:
 
 
 def scalars(facts: Figures, most: int = 4) -> list[tuple[str, str]]:
-    """The first few plain facts of a stage as (label, value)."""
-    plain = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str)]
-    return [(key.replace("_", " "), plain_number(value)) for key, value in plain[:most]]
+    """The first few plain facts of a stage as (label, value), without hashes and other long texts."""
+    plain = [
+        (key.replace("_", " "), plain_number(value))
+        for key, value in facts.items()
+        if isinstance(value, int | float | str) and len(str(value)) <= LONGEST_FACT
+    ]
+    return plain[:most]
 
 
 def plain_number(value: float | str) -> str:
@@ -88,8 +93,8 @@ def plain_number(value: float | str) -> str:
 
 
 def script_names() -> dict[str, str]:
-    """ISO 15924 code -> English name."""
-    return dict(Locale.parse("en").scripts)
+    """ISO 15924 code -> English name, as it may stand alone."""
+    return {**Locale.parse("en").scripts, "Hans": "Simplified Han", "Hant": "Traditional Han"}
 
 
 def model_colours(figures: Figures) -> dict[str, int]:
@@ -181,7 +186,7 @@ def loss_panels(logged: dict[str, list[Figures]]) -> list[dict[str, Any]]:
             for record in records:
                 if term in record:
                     by_source.setdefault(record["source"], []).append((record["step"], record[term]))
-            series = [Series(source, points, colours[source]) for source, points in by_source.items()]
+            series = [Series(name, by_source[name], colours[name]) for name in sources if name in by_source]
             if series:
                 panels.append(
                     {"stage": stage, "title": title, "series": series, "chart": charts.losses(series)}

@@ -35,7 +35,22 @@ def save_checkpoint(
     os.replace(partial, final)
     sync_folder(folder)
     for older in sorted(folder.glob("step-*"))[:-1]:
-        shutil.rmtree(older)
+        _drop(older)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, and the folder."""
+    for checkpoint in sorted(folder.glob("step-*")):
+        _drop(checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint, hiding it first: a kill halfway must not leave one that lacks files."""
+    partial = checkpoint.with_name(f".{checkpoint.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(checkpoint, partial)
+    shutil.rmtree(partial)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -69,6 +69,15 @@ class Roles:
     in_batch: bool  # whether the in-batch term applies (retrieval rows)
 
 
+def rows(vectors_ND: Tensor, numbers: Tensor) -> Tensor:
+    """The vectors of the given row numbers (of any shape).
+
+    Indexing with a tensor would do the same, but its gradient adds up repeated rows in the order in which threads
+    arrive, and a run that is continued would not end in the same bits.
+    """
+    return vectors_ND.index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
+
+
 def contrastive_terms(
     vectors_ND: Tensor, roles: Roles, sizes: list[int], temperature: float
 ) -> dict[str, Tensor]:
@@ -76,12 +85,12 @@ def contrastive_terms(
     terms: dict[str, Tensor] = {}
     for size, weight in zip(sizes, matryoshka_weights(sizes), strict=True):
         unit_ND = F.normalize(vectors_ND[:, :size], dim=-1)
-        q_BD, positive_BD = unit_ND[roles.query_B], unit_ND[roles.positive_B]
+        q_BD, positive_BD = rows(unit_ND, roles.query_B), rows(unit_ND, roles.positive_B)
         parts = {}
         if roles.in_batch:
             parts["in_batch"] = in_batch_loss(q_BD, positive_BD, roles.same_BB, temperature)
         if roles.negative_BK.shape[1]:
-            parts["hard"] = hard_loss(q_BD, positive_BD, unit_ND[roles.negative_BK], temperature)
+            parts["hard"] = hard_loss(q_BD, positive_BD, rows(unit_ND, roles.negative_BK), temperature)
         for name, value in parts.items():
             terms[name] = terms.get(name, 0.0) + weight * value
     return terms
@@ -89,5 +98,6 @@ def contrastive_terms(
 
 def distillation_terms(vectors_ND: Tensor, teacher_ND: Tensor, roles: Roles) -> Tensor:
     """Distillation of queries, positives and negatives: three means, added up."""
-    rows = [roles.query_B, roles.positive_B, roles.negative_BK.flatten()]
-    return torch.stack([distillation_loss(vectors_ND[r], teacher_ND[r]) for r in rows if len(r)]).sum()
+    parts = [roles.query_B, roles.positive_B, roles.negative_BK.flatten()]
+    losses = [distillation_loss(rows(vectors_ND, part), rows(teacher_ND, part)) for part in parts if len(part)]
+    return torch.stack(losses).sum()

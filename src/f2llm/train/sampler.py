@@ -74,7 +74,7 @@ def load_sources(table: pa.Table, sources: Sequence[Source], formats: Sequence[s
 def source_schedule(sizes: Sequence[float], steps: int, seed: int) -> np.ndarray:
     """int64 [S]: which source each step takes, in proportion to `sizes`, shuffled."""
     share = np.asarray(sizes, dtype=np.float64) / sum(sizes)
-    # Step s takes the source that is furthest behind its share: exact proportions at any number of steps.
+    # Whole steps first; what is left over goes to the sources that rounding down cut most.
     counts = np.floor(share * steps).astype(np.int64)
     counts[np.argsort(counts - share * steps, kind="stable")[: steps - counts.sum()]] += 1
     return generator(seed, "sources").permutation(np.repeat(np.arange(len(share)), counts))
@@ -116,7 +116,9 @@ class Sampler:
         self.sources, self.seed, self.batch_size = sources, seed, batch_size
         self.hard_negatives, self.instructions = hard_negatives, instructions
         self.document_instruction_rate = document_instruction_rate
-        weights = [(source_weights or {}).get(rows.source.name, len(rows)) for rows in sources]
+        weights = [len(rows) * (source_weights or {}).get(rows.source.name, 1.0) for rows in sources]
+        if not sum(weights):
+            raise UsageError("source_weights leaves no source to draw from; give one of them a weight above 0.")
         self.schedule_S = source_schedule(weights, steps, seed)
 
     def __getitem__(self, step: int) -> Batch:
@@ -128,9 +130,9 @@ class Sampler:
         rng = generator(self.seed, "draws", step)
         draw, count = DRAW[rows.source.format], self.hard_negatives[rows.source.format]
         positives, negatives, labels = draw(rows, picked_B, count, rng)
-        return self._assemble(
-            rows.source, [rows.query[r] for r in picked_B], positives, negatives, labels, rng
-        )
+        queries, known = [rows.query[r] for r in picked_B], [rows.positives[r] for r in picked_B]
+        same_BB = _same(queries, positives, labels, known)
+        return self._assemble(rows.source, queries, positives, negatives, same_BB, rng)
 
     def _rows(self, rows: SourceRows, turn: int) -> np.ndarray:
         """Row numbers of the source's `turn`-th batch; a batch may span epochs."""
@@ -148,7 +150,7 @@ class Sampler:
         queries: list[str],
         positives: list[str],
         negatives: list[list[str]],
-        labels: list[str | None],
+        same_BB: np.ndarray,
         rng: np.random.Generator,
     ) -> Batch:
         prefix = query_prefix(source.instruction) if self.instructions and source.instruction else ""
@@ -171,7 +173,7 @@ class Sampler:
             query_B=np.asarray(query_B),
             positive_B=np.asarray(positive_B),
             negative_BK=np.asarray(negative_BK, dtype=np.int64).reshape(len(queries), -1),
-            same_BB=_same(queries, positives, labels),
+            same_BB=same_BB,
             in_batch=source.format == "retrieval",
         )
 
@@ -225,8 +227,14 @@ def _other_labels(rows: SourceRows, own: Sequence[str | None], u_BK: np.ndarray)
     return [[_pick(others[str(label)], u) for u in us] for label, us in zip(own, u_BK, strict=True)]
 
 
-def _same(queries: list[str], positives: list[str], labels: list[str | None]) -> np.ndarray:
-    """Bool [B, B]: rows i and j name the same thing, share a positive, or the positive of j is the text of i."""
+def _same(
+    queries: list[str], positives: list[str], labels: list[str | None], known: list[list[str]]
+) -> np.ndarray:
+    """Bool [B, B]: whether the positive of j may be right for query i too.
+
+    It is where rows i and j name the same thing, share the query or the positive, or where the positive of j is the
+    text of i or among the positives known for i, drawn or not.
+    """
 
     def numbers(*values: Sequence[object]) -> list[np.ndarray]:
         seen: dict[object, int] = {}
@@ -234,9 +242,15 @@ def _same(queries: list[str], positives: list[str], labels: list[str | None]) ->
 
     query_B, positive_B = numbers(queries, positives)
     (label_B,) = numbers([label if label is not None else object() for label in labels])
-    return (
+    same_BB: np.ndarray = (
         (label_B[:, None] == label_B[None, :])
         | (positive_B[:, None] == positive_B[None, :])
         | (query_B[:, None] == query_B[None, :])
         | (query_B[:, None] == positive_B[None, :])
     )
+    columns = defaultdict(list)
+    for column, positive in enumerate(positives):
+        columns[positive].append(column)
+    for row, texts in enumerate(known):
+        same_BB[row, [column for text in texts for column in columns.get(text, ())]] = True
+    return same_BB

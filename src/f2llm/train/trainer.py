@@ -7,7 +7,6 @@ to the next, so a run that is killed and continued ends in the same bits.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +18,14 @@ import torch
 from torch import Tensor
 
 from f2llm.data.rows import Source, read_rows
-from f2llm.errors import F2Error
+from f2llm.errors import F2Error, UsageError
 from f2llm.files import write_text
 from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, load_model, model_size, save_model
 from f2llm.model.tokenizer import EOS, encode, load_tokenizer
 from f2llm.progress import progress
 from f2llm.recipe import TrainStage
-from f2llm.train.checkpoint import load_checkpoint, save_checkpoint
+from f2llm.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from f2llm.train.objective import Roles, contrastive_terms, distillation_terms, matryoshka_sizes
 from f2llm.train.sampler import Batch, Sampler, load_sources
 
@@ -77,7 +76,7 @@ def train_stage(
         kept=model.facts.kept,
     )
     facts = save_model(out, Model(model.decoder, model.tokenizer, facts))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    drop_checkpoints(out / "checkpoints")
     return {"parameters": model_size(model.decoder), "identity": facts.identity, "last": log}
 
 
@@ -127,7 +126,7 @@ def make_optimizer(decoder: Decoder, config: TrainStage) -> torch.optim.Optimize
 
 
 def learning_rate_at(config: TrainStage, step: int) -> float:
-    """Linear warm-up, then the schedule down to zero at the last step (or constant)."""
+    """Linear warm-up, then the schedule, which would reach zero one step after the last (or constant)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress_made = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -186,6 +185,11 @@ def train(
     config: TrainStage, model: Model, sampler: Sampler, teacher: Model | None, out: Path
 ) -> dict[str, Any]:
     """Run the steps that are not done yet; changes `model.decoder` in place and returns the last step's log."""
+    if teacher and teacher.decoder.config.hidden_size < model.decoder.config.hidden_size:
+        raise UsageError(
+            f"the teacher of {out.name} is {teacher.decoder.config.hidden_size} wide, narrower than its student "
+            f"of {model.decoder.config.hidden_size}, and has nothing to teach the rest; take a wider teacher."
+        )
     decoder = model.decoder.train()
     optimizer = make_optimizer(decoder, config)
     done = load_checkpoint(out / "checkpoints", decoder, optimizer)

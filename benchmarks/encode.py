@@ -1,0 +1,112 @@
+"""Encoding on the CPU: `Embedder.encode` against sentence-transformers, same weights, same texts, in turns.
+
+The peer runs at its default batch size and at its best of 1, 2, 4 ... 32 (found first, one pass each), both without
+and with our memory policy; tokens are real ones, and both sides are timed from strings to vectors.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from f2llm.files import write_json
+from harness import Figure, PeerMissing, Row, Worker, finish, measured, skipped, start, take_turns, worker
+from inputs import EVERYTHING, FULL, SMALL, describe, draw_texts, make_model, token_ids
+
+DEFAULT_BATCH = 32  # sentence-transformers' own
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+MAX_LENGTH = 512  # tokens
+
+AT_DEFAULT = Row("tokens/s, peer at its default batch size", bar=6)
+AT_BEST = Row("tokens/s, peer at its best batch size", bar=1.9)
+COSINE = Row("smallest cosine between our vectors and the peer's", bar=0.99999)
+AT_BEST_POLICY = Row("tokens/s, peer at its best batch size and with our memory policy")
+
+
+def best_batch(peer: Worker) -> int:
+    """The peer's fastest batch size, after a warm-up."""
+    peer.call("encode", batch_size=DEFAULT_BATCH)
+    seconds = {size: peer.call("encode", batch_size=size) for size in BATCH_SIZES}
+    print(
+        f"seconds by batch size: { {size: round(value, 2) for size, value in seconds.items()} }", flush=True
+    )
+    return min(seconds, key=lambda size: seconds[size])
+
+
+def smallest_cosine(ours: Worker, peer: Worker, folder: Path) -> float:
+    vectors = []
+    for contender in (ours, peer):
+        path = folder / f"{contender.name}.npy"
+        contender.call("save_vectors", path=str(path))
+        vectors.append(np.load(path).astype(np.float64))
+    ours_ND, peer_ND = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors)
+    return float((ours_ND * peer_ND).sum(axis=1).min())
+
+
+def against_default_allocator(
+    ours: Worker, peer: Worker, folder: Path, tokens: int
+) -> tuple[list[Figure], int]:
+    """The promised figures, and the batch size at which the peer was best."""
+    best = best_batch(peer)
+    seconds = take_turns(
+        {
+            "ours": lambda: ours.call("encode"),
+            "default": lambda: peer.call("encode", batch_size=DEFAULT_BATCH),
+            "best": lambda: peer.call("encode", batch_size=best),
+        }
+    )
+    speed = {name: tokens / value for name, value in seconds.items()}
+    figures = [
+        measured(AT_DEFAULT, speed["ours"], speed["default"]),
+        measured(AT_BEST, speed["ours"], speed["best"]),
+        measured(COSINE, smallest_cosine(ours, peer, folder)),
+    ]
+    return figures, best
+
+
+def against_our_policy(ours: Worker, peer: Worker, tokens: int) -> tuple[Figure, int]:
+    """The same with our memory policy on the peer's side too: what is left is the decoder and the batching."""
+    best = best_batch(peer)
+    seconds = take_turns(
+        {"ours": lambda: ours.call("encode"), "peer": lambda: peer.call("encode", batch_size=best)}
+    )
+    return measured(AT_BEST_POLICY, tokens / seconds["ours"], tokens / seconds["peer"]), best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--small", action="store_true", help="a tiny model and few texts: a trial, no figures"
+    )
+    size, count = (SMALL, 24) if parser.parse_args().small else (FULL, 128)
+    started = start()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        texts, origin = draw_texts(size, EVERYTHING, count)
+        model = make_model(folder / "model", size, texts, MAX_LENGTH)
+        inputs: dict[str, Any] = describe(size, model, token_ids(model, texts), origin)
+        print(f"texts: {inputs}", flush=True)
+        write_json(folder / "texts.json", texts)
+        arguments = (folder / "model", folder / "texts.json")
+        peer_name = "encode_sentence_transformers"
+        with worker("encode_ours", *arguments, keep_memory=True) as ours:
+            tokens = ours.call("tokens")
+            workers = {"ours": ours.facts}
+            try:
+                with worker(peer_name, *arguments, peer=True) as peer:
+                    figures, batch = against_default_allocator(ours, peer, folder, tokens)
+                    workers["peer"] = {**peer.facts, "best_batch_size": batch}
+                with worker(peer_name, *arguments, peer=True, keep_memory=True) as peer:
+                    figure, batch = against_our_policy(ours, peer, tokens)
+                    figures.append(figure)
+                    workers["peer, our memory policy"] = {**peer.facts, "best_batch_size": batch}
+            except PeerMissing as missing:
+                rows = (AT_DEFAULT, AT_BEST, COSINE, AT_BEST_POLICY)
+                figures = [skipped(row, str(missing)) for row in rows]
+    finish(figures, started, inputs=inputs, workers=workers)
+
+
+if __name__ == "__main__":
+    main()

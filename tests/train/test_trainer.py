@@ -1,0 +1,340 @@
+"""The training loop: its schedule, its optimizer, that it learns, and that a continued run ends in the same bits."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from f2llm.errors import F2Error, UsageError
+from f2llm.model.folder import Model, load_model
+from f2llm.model.tokenizer import encode
+from f2llm.recipe import Shape, TrainStage
+from f2llm.train import trainer
+from f2llm.train.sampler import Batch, Sampler
+from f2llm.train.trainer import embed, learning_rate_at, make_optimizer, train, train_stage
+
+Settings = Callable[..., TrainStage]
+Batches = Callable[[TrainStage], Sampler]
+MakeModel = Callable[..., Model]
+SHAPE = Shape(hidden_size=24, intermediate_size=40, layers=2, heads=4, kv_heads=2, head_dim=8)
+
+
+@pytest.fixture
+def _every_step_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The log without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+# --- Learning rate and optimizer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after_warmup"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("cosine", [1, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]),
+    ],
+)
+def test_learning_rate(settings: Settings, schedule: str, after_warmup: list[float]) -> None:
+    config = settings(steps=12, warmup_steps=4, learning_rate=0.2, schedule=schedule)
+    shares = [learning_rate_at(config, step) / 0.2 for step in range(12)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, *after_warmup], abs=1e-6)
+
+
+def test_learning_rate_without_warmup_and_with_nothing_else(settings: Settings) -> None:
+    assert learning_rate_at(settings(warmup_steps=0, learning_rate=0.2), 0) == pytest.approx(0.2)
+    only_warmup = settings(steps=4, warmup_steps=4, learning_rate=0.2)
+    assert [learning_rate_at(only_warmup, step) for step in range(4)] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+
+
+def test_weights_decay_and_norms_do_not(settings: Settings, make_model: MakeModel) -> None:
+    decoder = make_model().decoder
+    optimizer = make_optimizer(decoder, settings(weight_decay=0.3))
+    decays = {
+        id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+    assert len(decays) == len(list(decoder.parameters()))
+    for name, parameter in decoder.named_parameters():
+        assert decays[id(parameter)] == (0.0 if parameter.dim() == 1 else 0.3), name
+    assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups)
+
+
+# --- Learning
+
+
+@pytest.mark.usefixtures("_every_step_logged")
+def test_training_learns_the_names(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = settings(steps=60, batch_size=24, formats=["retrieval"], learning_rate=5e-3, checkpoint_every=1000)
+    train(config, make_model(hidden_size=32), batches(config), None, tmp_path)
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
+
+
+@pytest.mark.usefixtures("_every_step_logged")
+def test_loss_is_the_sum_of_its_terms(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = settings(teacher="teacher", distillation_weight=0.25, steps=9)
+    train(config, make_model(), batches(config), make_model(seed=1, hidden_size=30), tmp_path)
+    log = read_log(tmp_path)
+    assert [line["step"] for line in log] == list(range(9))
+    assert {line["source"] for line in log} == {"names", "kinds", "country"}
+    for line in log:
+        assert ("in_batch" in line) == (line["source"] == "names")
+        assert ("hard" in line) == (line["source"] != "names")
+        total = line.get("in_batch", 0) + line.get("hard", 0) + 0.25 * line["distillation"]
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
+        assert line["learning_rate"] == learning_rate_at(config, line["step"])
+
+
+@pytest.mark.usefixtures("_every_step_logged")
+def test_a_student_of_the_teachers_weights_has_nothing_to_learn_from_it(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = settings(teacher="teacher", steps=1)
+    train(config, make_model(seed=4), batches(config), make_model(seed=4), tmp_path)
+    assert read_log(tmp_path)[0]["distillation"] < 1e-10
+
+
+def test_a_narrower_teacher_is_refused(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = settings(teacher="teacher")
+    with pytest.raises(UsageError, match=r"teacher .* 16 wide.* 24"):
+        train(config, make_model(), batches(config), make_model(hidden_size=16), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_teacher_stays_as_it_is(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    teacher = make_model(seed=1)
+    config = settings(teacher="teacher")
+    train(config, make_model(), batches(config), teacher, tmp_path)
+    untouched = make_model(seed=1).decoder.state_dict()
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in teacher.decoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.decoder.parameters())
+
+
+def test_long_texts_are_cut_and_keep_eos(make_model: MakeModel) -> None:
+    model = make_model()
+    text = "lion tembo chien 大象 " * 5
+    vectors, tokens = embed(model, [text, "lion"], 7)
+    (cut,) = encode(
+        model.tokenizer, [text], eos_id=model.facts.eos_id, max_length=7, too_long="truncate"
+    )
+    short = len(encode(model.tokenizer, ["lion"], eos_id=model.facts.eos_id, max_length=7, too_long="error")[0])
+    assert tokens == 7 + short
+    torch.testing.assert_close(vectors[:1], model.decoder(torch.tensor(cut), [7]))
+
+
+def test_decoder_is_left_ready_for_use(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model()
+    config = settings(steps=1)
+    train(config, model, batches(config), None, tmp_path)
+    assert not model.decoder.training
+
+
+# --- A loss that is not a number
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_loss_stops_the_run_and_changes_nothing(
+    value: float, settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.decoder.norm.weight[0] = value
+    before = {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
+    config = settings(checkpoint_every=1)
+    with pytest.raises(F2Error, match=f"loss at step 0 of {tmp_path.name} is nan.*learning_rate"):
+        train(config, model, batches(config), None, tmp_path)
+    for name, tensor in model.decoder.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# --- Going on after an interruption
+
+
+class Interrupted:
+    """Batches that end in a Ctrl-C at one step."""
+
+    def __init__(self, sampler: Sampler, at: int) -> None:
+        self.sampler, self.at = sampler, at
+
+    def __getitem__(self, step: int) -> Batch:
+        if step == self.at:
+            raise KeyboardInterrupt
+        return self.sampler[step]
+
+
+@pytest.mark.usefixtures("_every_step_logged")
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_continued_run_ends_in_the_same_bits(
+    stop: int, settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Six steps at once, and three, a checkpoint, perhaps some more that are lost, and the rest in new objects."""
+    config = settings(teacher="teacher")
+    straight = make_model()
+    last = train(config, straight, batches(config), make_model(seed=1), tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            config,
+            make_model(),
+            Interrupted(batches(config), at=stop),  # type: ignore[arg-type]
+            make_model(seed=1),
+            tmp_path / "resumed",
+        )
+    resumed = make_model(seed=99)  # other weights, to be replaced by the checkpoint's
+    again = train(config, resumed, batches(config), make_model(seed=1), tmp_path / "resumed")
+    expected = straight.decoder.state_dict()
+    for name, tensor in resumed.decoder.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert not torch.equal(tensor, make_model().decoder.state_dict()[name]), name
+    assert read_log(tmp_path / "resumed") == read_log(tmp_path / "straight")
+    assert (again["loss"], again["step"]) == (last["loss"], 5)
+
+
+@pytest.mark.usefixtures("_every_step_logged")
+def test_a_half_written_line_of_the_log_is_dropped(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = settings()
+    straight = tmp_path / "straight"
+    train(config, make_model(), batches(config), None, straight)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, make_model(), Interrupted(batches(config), at=4), None, tmp_path)  # type: ignore[arg-type]
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "source": "na')
+    train(config, make_model(), batches(config), None, tmp_path)
+    assert read_log(tmp_path) == read_log(straight)
+
+
+# --- The stage
+
+
+@pytest.fixture
+def tokenizer_folder(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def run_stage(config: TrainStage, out: Path, **given: Any) -> dict[str, Any]:
+    paths = {"base": None, "tokenizer": None, "teacher": None, **given}
+    return train_stage(config, out=out, seed=7, recipe_hash="the recipe's hash", **paths)
+
+
+def test_stage_leaves_a_model_and_no_checkpoints(
+    settings: Settings, rows_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """A new model without instructions, and then one that goes on from it with them."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    config = settings(base=None, shape=SHAPE, tokenizer="tokenizer", instructions=False, formats=["retrieval"])
+    facts = run_stage(config, first, data=rows_folder, tokenizer=tokenizer_folder)
+    model = load_model(first)
+    assert sorted(path.name for path in first.iterdir() if "checkpoint" in path.name) == []
+    assert len(read_log(first)) == 2 and facts["last"]["step"] == 5
+    assert facts["identity"] == model.facts.identity
+    assert facts["parameters"] == sum(p.numel() for p in model.decoder.parameters())
+    assert (model.facts.parent, model.facts.recipe) == (None, "the recipe's hash")
+    assert (model.facts.instruction, model.facts.matryoshka_sizes) == ("", [8, 16, 24])
+    assert model.facts.max_length == 32
+
+    run_stage(settings(matryoshka=False), second, data=rows_folder, base=first, teacher=first)
+    child = load_model(second)
+    assert child.facts.parent == model.facts.identity != child.facts.identity
+    assert child.facts.instruction == "Find this name in another language"
+    assert child.facts.matryoshka_sizes == [24]
+
+
+def test_stage_gives_the_same_model_each_time_and_another_with_another_seed(
+    settings: Settings, rows_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(base=None, shape=SHAPE, tokenizer="tokenizer", steps=2)
+    common: dict[str, Any] = {"data": rows_folder, "base": None, "teacher": None, "tokenizer": tokenizer_folder}
+    identities = [
+        train_stage(config, **common, out=tmp_path / str(number), seed=seed, recipe_hash="")["identity"]
+        for number, seed in enumerate([7, 7, 8])
+    ]
+    assert identities[0] == identities[1] != identities[2]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from f2llm.recipe import TrainStage
+from f2llm.train.trainer import train_stage
+
+torch.set_num_threads(2)
+config, data, tokenizer, out = sys.argv[1:]
+facts = train_stage(
+    TrainStage.model_validate_json(config), data=Path(data), base=None, tokenizer=Path(tokenizer), teacher=None,
+    out=Path(out), seed=7, recipe_hash="",
+)
+print(facts["identity"])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_in_the_same_model(
+    settings: Settings, rows_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(
+        base=None,
+        shape=SHAPE.model_copy(update={"hidden_size": 96, "intermediate_size": 192}),
+        tokenizer="tokenizer",
+        steps=120,
+        batch_size=384,  # large enough for torch to share one operation among threads
+        checkpoint_every=7,
+    )
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        arguments = [config.model_dump_json(exclude_unset=True), str(rows_folder), str(tokenizer_folder), str(out)]
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        )
+
+    began = time.monotonic()
+    straight, _ = start(tmp_path / "straight").communicate()
+    seconds = time.monotonic() - began
+    seed = random.randrange(1 << 30)
+    moments = random.Random(seed)
+    killed = 0
+    while killed < 3:
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(timeout=moments.uniform(0.2, 0.8) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        killed += 1
+    resumed, _ = start(tmp_path / "killed").communicate()
+    assert killed > 0
+    assert len(straight.strip()) == 64
+    assert resumed == straight, f"seed of the moments: {seed}"
