@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -55,7 +56,7 @@ def rows_folder(things: list[dict[str, str]], tmp_path_factory: pytest.TempPathF
         Source(name="kinds", format="clustering", instruction="Say what kind of thing this is", **facts),
         Source(name="country", format="classification", instruction="Is this a country", **facts),
     ]
-    labels = [
+    labels: list[dict[str, list[Any]]] = [
         {"positives": others, "label": [thing["thing"] for thing, _, _ in named]},
         {"label": [thing["kind"] for thing, _, _ in named]},
         {"label": ["country" if thing["kind"] == "country" else "other" for thing, _, _ in named]},
@@ -80,7 +81,7 @@ def make_model(tokenizer: Tokenizer) -> MakeModel:
     mistake would change is hidden by being small.
     """
 
-    def make(seed: int = 0, max_length: int = 32, **changes: int | float) -> Model:
+    def make(seed: int = 0, max_length: int = 64, **changes: int | float) -> Model:
         shape = {
             "vocab_size": tokenizer.get_vocab_size(),
             "hidden_size": 24,
@@ -97,7 +98,9 @@ def make_model(tokenizer: Tokenizer) -> MakeModel:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data = 1 + 0.3 * noise if name.endswith("norm.weight") else 0.3 * noise
         sizes = matryoshka_sizes(config.hidden_size)
-        facts = ModelFacts(tokenizer.token_to_id(EOS), max_length, sizes, instruction=INSTRUCTION)
+        eos_id = tokenizer.token_to_id(EOS)
+        assert eos_id is not None
+        facts = ModelFacts(eos_id, max_length, sizes, instruction=INSTRUCTION)
         return Model(decoder.eval(), tokenizer, facts)
 
     return make

@@ -154,6 +154,10 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
         yield from iterate_texts(path, column)
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. Not an Exception, so that no library's `except Exception` swallows it."""
+
+
 def main() -> None:
     """Entry point of the `f2llm` command: whatever goes wrong is one sentence, unless --debug is given."""
     runtime.keep_memory()
@@ -165,6 +169,11 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Interrupted:
+        typer.echo(
+            "interrupted; what was finished is kept, and the same command goes on from there.", err=True
+        )
+        sys.exit(1)
     except BrokenPipeError:
         # Whoever read our output has gone; what Python would still flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -173,4 +182,4 @@ def main() -> None:
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-    raise F2Error("interrupted; what was finished is kept, and the same command goes on from there.")
+    raise Interrupted

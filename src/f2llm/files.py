@@ -64,6 +64,16 @@ def read_json(path: Path) -> Any:
         raise F2Error(f"{path} is not valid JSON ({error}); restore it or make the folder again.") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """`read_json` for a file that must hold an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise F2Error(
+            f"{path} holds a {type(value).__name__}, expected a JSON object; restore it or make the folder again."
+        )
+    return value
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     with atomic_write(path) as file:
         pq.write_table(table, file, compression="zstd")

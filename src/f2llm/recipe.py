@@ -105,6 +105,11 @@ class TokenizerStage(Strict):
     vocab_size: int = Field(
         ge=258, description="entries, at most: at least the 256 bytes and 2 special tokens"
     )
+    lowercase: bool = Field(False, description="whether capital and small letters are the same to the model")
+    decompose: bool = Field(
+        False,
+        description="whether accents and Hangul letters are tokens of their own (NFD inside the tokenizer)",
+    )
 
 
 class Shape(Strict):

@@ -151,7 +151,7 @@ def test_slips_in_labelled_texts(tmp_path: Path, content: str, message: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"q", "files of the kind '.txt' are not read; give one of .jsonl, .csv, .tsv, .parquet"),
+        ("a.docx", b"q", "files of the kind '.docx' are not read; give one of .jsonl, .csv, .tsv, .parquet"),
         ("a.jsonl", None, "is missing; check the path"),
         ("a.parquet", None, "is missing; check the path"),
         ("a.csv", "query,positive\nm\xfcde,p\n".encode("latin-1"), "is not UTF-8 .* at byte 16"),

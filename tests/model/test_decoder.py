@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from f2llm.errors import F2Error
 from f2llm.family import FAMILY
-from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json, initialise, make_layout
+from f2llm.model.decoder import (
+    Decoder,
+    DecoderConfig,
+    config_from_json,
+    config_to_json,
+    initialise,
+    make_layout,
+)
 from f2llm.model.folder import model_size
 
 CONFIG = DecoderConfig(
@@ -52,7 +59,7 @@ def random_ids(config: DecoderConfig, lengths: list[int]) -> list[Tensor]:
 
 
 def peer(decoder: Decoder) -> nn.Module:
-    """transformers' model with the configuration that we write and the weights of `decoder`."""
+    """A model of transformers with the configuration that we write and the weights of `decoder`."""
     from transformers import Qwen3Config, Qwen3Model
 
     written = json.loads(json.dumps(config_to_json(decoder.config)))
@@ -81,15 +88,18 @@ def test_gradients_equal_those_of_transformers(name: str) -> None:
     decoder = random_decoder(SHAPES[name], torch.float64)
     sequences = random_ids(decoder.config, LENGTHS)
     direction = torch.randn(
-        len(LENGTHS), decoder.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        len(LENGTHS),
+        decoder.config.hidden_size,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(3),
     )
     theirs = peer(decoder)
     (decoder(torch.cat(sequences), LENGTHS) * direction).sum().backward()
     (one_by_one(theirs, sequences) * direction).sum().backward()
     expected = dict(theirs.named_parameters())
     for parameter_name, parameter in decoder.named_parameters():
-        assert parameter.grad is not None
         gradient = expected[parameter_name].grad
+        assert parameter.grad is not None and gradient is not None
         assert float(gradient.norm()) > 0
         # Their norms compute in float32 whatever the model's dtype, hence no tighter bound.
         assert float((parameter.grad - gradient).norm() / gradient.norm()) < 1e-5, parameter_name
@@ -163,7 +173,10 @@ def unsupported() -> list[Any]:
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "dynamic"}},
             "dynamic",
         ),
-        "rope by layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
+        "rope by layer type": (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "full_attention",
+        ),
         "rope on a part of a head": (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",

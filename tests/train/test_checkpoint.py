@@ -64,7 +64,9 @@ def test_a_new_optimizer_takes_over_the_moments(
     fresh = model, make_optimizer(model.decoder, settings())
     load_checkpoint(tmp_path, model.decoder, fresh[1])
     assert same(state(saved), state(fresh))
-    assert [g["weight_decay"] for g in fresh[1].param_groups] == [g["weight_decay"] for g in saved[1].param_groups]
+    assert [g["weight_decay"] for g in fresh[1].param_groups] == [
+        g["weight_decay"] for g in saved[1].param_groups
+    ]
 
 
 def test_without_a_checkpoint_nothing_changes(make: Callable[[int], Pair], tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_killed_while_removing_leaves_none_that_lacks_files(
             (path / "weights.safetensors").unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    monkeypatch.setattr("f2llm.train.checkpoint.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         drop_checkpoints(folder)
     monkeypatch.undo()

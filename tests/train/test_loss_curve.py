@@ -44,7 +44,8 @@ def test_losses_are_the_committed_ones(
     config = settings(
         teacher="teacher",
         steps=20,
-        warmup_steps=4, learning_rate=3e-3,
+        warmup_steps=4,
+        learning_rate=1e-3,
         hard_negatives=HardNegatives(retrieval=0, clustering=3, classification=1),
     )
     model, teacher = make_model(), make_model(seed=1, hidden_size=32)
@@ -57,5 +58,7 @@ def test_losses_are_the_committed_ones(
         lines += [f"{line['step']} {line['source']} {line['loss']:.12g}" for line in log]
         CURVE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     committed = [line.split() for line in CURVE.read_text(encoding="utf-8").splitlines()[1:]]
-    assert [(str(line["step"]), line["source"]) for line in log] == [(step, name) for step, name, _ in committed]
+    assert [(str(line["step"]), line["source"]) for line in log] == [
+        (step, name) for step, name, _ in committed
+    ]
     assert [line["loss"] for line in log] == pytest.approx([float(loss) for *_, loss in committed], rel=1e-6)

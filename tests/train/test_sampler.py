@@ -17,10 +17,10 @@ COUNTS = {"retrieval": 2, "clustering": 3, "classification": 1}
 PREFIX = "Instruct: {}\nQuery: "
 
 
-def source(name: str, format: str = "retrieval", symmetric: bool = True) -> Source:
+def source(name: str, format: Any = "retrieval", symmetric: bool = True) -> Source:
     return Source(
         name=name,
-        format=format,  # type: ignore[arg-type]
+        format=format,
         task="t",
         symmetric=symmetric,
         instruction=f"Do {name}",
@@ -191,7 +191,20 @@ def test_same_marks_positives_that_may_be_right_too() -> None:
     table = retrieval(
         12,
         query=["a", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k"],
-        positives=[["1"], ["2"], ["1"], ["a"], ["c"], ["3", "4"], ["4"], ["5"], ["6"], ["7"], ["8", "5"], ["9"]],
+        positives=[
+            ["1"],
+            ["2"],
+            ["1"],
+            ["a"],
+            ["c"],
+            ["3", "4"],
+            ["4"],
+            ["5"],
+            ["6"],
+            ["7"],
+            ["8", "5"],
+            ["9"],
+        ],
         label=[None, None, None, None, None, None, None, "x", "x", None, None, "y"],
     )
     by_query: dict[str, list[dict[str, Any]]] = {}

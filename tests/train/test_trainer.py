@@ -68,7 +68,9 @@ def test_weights_decay_and_norms_do_not(settings: Settings, make_model: MakeMode
     decoder = make_model().decoder
     optimizer = make_optimizer(decoder, settings(weight_decay=0.3))
     decays = {
-        id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
     assert len(decays) == len(list(decoder.parameters()))
     for name, parameter in decoder.named_parameters():
@@ -83,7 +85,9 @@ def test_weights_decay_and_norms_do_not(settings: Settings, make_model: MakeMode
 def test_training_learns_the_names(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    config = settings(steps=60, batch_size=24, formats=["retrieval"], learning_rate=5e-3, checkpoint_every=1000)
+    config = settings(
+        steps=60, batch_size=24, formats=["retrieval"], learning_rate=5e-3, checkpoint_every=1000
+    )
     train(config, make_model(hidden_size=32), batches(config), None, tmp_path)
     losses = [line["loss"] for line in read_log(tmp_path)]
     assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
@@ -139,10 +143,10 @@ def test_long_texts_are_cut_and_keep_eos(make_model: MakeModel) -> None:
     model = make_model()
     text = "lion tembo chien 大象 " * 5
     vectors, tokens = embed(model, [text, "lion"], 7)
-    (cut,) = encode(
-        model.tokenizer, [text], eos_id=model.facts.eos_id, max_length=7, too_long="truncate"
+    (cut,) = encode(model.tokenizer, [text], eos_id=model.facts.eos_id, max_length=7, too_long="truncate")
+    short = len(
+        encode(model.tokenizer, ["lion"], eos_id=model.facts.eos_id, max_length=7, too_long="error")[0]
     )
-    short = len(encode(model.tokenizer, ["lion"], eos_id=model.facts.eos_id, max_length=7, too_long="error")[0])
     assert tokens == 7 + short
     torch.testing.assert_close(vectors[:1], model.decoder(torch.tensor(cut), [7]))
 
@@ -253,7 +257,9 @@ def test_stage_leaves_a_model_and_no_checkpoints(
 ) -> None:
     """A new model without instructions, and then one that goes on from it with them."""
     first, second = tmp_path / "first", tmp_path / "second"
-    config = settings(base=None, shape=SHAPE, tokenizer="tokenizer", instructions=False, formats=["retrieval"])
+    config = settings(
+        base=None, shape=SHAPE, tokenizer="tokenizer", instructions=False, formats=["retrieval"]
+    )
     facts = run_stage(config, first, data=rows_folder, tokenizer=tokenizer_folder)
     model = load_model(first)
     assert sorted(path.name for path in first.iterdir() if "checkpoint" in path.name) == []
@@ -275,7 +281,12 @@ def test_stage_gives_the_same_model_each_time_and_another_with_another_seed(
     settings: Settings, rows_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     config = settings(base=None, shape=SHAPE, tokenizer="tokenizer", steps=2)
-    common: dict[str, Any] = {"data": rows_folder, "base": None, "teacher": None, "tokenizer": tokenizer_folder}
+    common: dict[str, Any] = {
+        "data": rows_folder,
+        "base": None,
+        "teacher": None,
+        "tokenizer": tokenizer_folder,
+    }
     identities = [
         train_stage(config, **common, out=tmp_path / str(number), seed=seed, recipe_hash="")["identity"]
         for number, seed in enumerate([7, 7, 8])
@@ -300,41 +311,47 @@ print(facts["identity"])
 """
 
 
+def newest_checkpoint(out: Path) -> int:
+    return max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0)
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_in_the_same_model(
     settings: Settings, rows_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     config = settings(
         base=None,
-        shape=SHAPE.model_copy(update={"hidden_size": 96, "intermediate_size": 192}),
+        shape=SHAPE.model_copy(update={"hidden_size": 64, "intermediate_size": 96}),
         tokenizer="tokenizer",
-        steps=120,
-        batch_size=384,  # large enough for torch to share one operation among threads
-        checkpoint_every=7,
+        steps=40,
+        batch_size=256,  # large enough for torch to share one operation among threads
+        checkpoint_every=3,
     )
 
     def start(out: Path) -> subprocess.Popen[str]:
-        arguments = [config.model_dump_json(exclude_unset=True), str(rows_folder), str(tokenizer_folder), str(out)]
+        arguments = [
+            config.model_dump_json(exclude_unset=True),
+            str(rows_folder),
+            str(tokenizer_folder),
+            str(out),
+        ]
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+            [sys.executable, "-c", SCRIPT, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ),
         )
 
-    began = time.monotonic()
     straight, _ = start(tmp_path / "straight").communicate()
-    seconds = time.monotonic() - began
     seed = random.randrange(1 << 30)
-    moments = random.Random(seed)
-    killed = 0
-    while killed < 3:
-        process = start(tmp_path / "killed")
-        try:
-            process.wait(timeout=moments.uniform(0.2, 0.8) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
-        killed += 1
-    resumed, _ = start(tmp_path / "killed").communicate()
-    assert killed > 0
+    moments, killed = random.Random(seed), tmp_path / "killed"
+    for step in sorted(moments.sample(range(30), 2)):
+        process = start(killed)
+        while process.poll() is None and newest_checkpoint(killed) < step:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.2))  # so that it may be writing, or steps beyond the checkpoint
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    resumed, _ = start(killed).communicate()
     assert len(straight.strip()) == 64
     assert resumed == straight, f"seed of the moments: {seed}"

@@ -23,12 +23,16 @@ from f2llm.rng import generator
 from f2llm.train.objective import matryoshka_sizes
 from f2llm.train.trainer import embed
 
+TEXTS_AT_ONCE = 64  # so that memory does not grow with the number of calibration texts
+
 
 def prune_stage(
     config: PruneStage, *, model: Path, data: Path, out: Path, seed: int, recipe_hash: str
 ) -> dict[str, Any]:
     """Cut the model to the recipe's shape and leave a model folder in `out`."""
     parent = load_model(model)
+    if config.layers > (layers := parent.decoder.config.num_hidden_layers):
+        raise UsageError(f"{config.layers} layers were asked for, but {model} has {layers}; ask for less.")
     table, _ = read_rows(data)
     texts = sorted(pc.unique(table["query"]).to_pylist())
     chosen = generator(seed, "calibration").permutation(len(texts))[: config.calibration_texts]
@@ -74,7 +78,8 @@ def importance(model: Model, texts: list[str]) -> tuple[Tensor, list[Tensor]]:
         elif name.endswith("down_proj"):
             watch(module, name, inputs=True)
     try:
-        embed(model, texts, model.facts.max_length)
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            embed(model, texts[start : start + TEXTS_AT_ONCE], model.facts.max_length)
     finally:
         for handle in handles:
             handle.remove()
@@ -96,12 +101,10 @@ def cut(decoder: Decoder, kept_E: Tensor, kept_I: list[Tensor]) -> Decoder:
 
     RMSNorm divides by the mean square over the width: a norm over E' of E units gets its weight times
     sqrt(E / E'), and eps times E / E', so that removing units that are always zero changes nothing. (The query and
-    key norms keep their width; config.json has one eps for all norms, and theirs changes with it, which at 1e-6
-    is far below float32's resolution of their input.)
+    key norms keep their width; config.json has one eps for all norms, and theirs changes with it, by far less than
+    the mean square of what they divide.)
     """
     old = decoder.config
-    if not 1 <= len(kept_I) <= old.num_hidden_layers:
-        raise UsageError(f"{len(kept_I)} layers were asked for, but the model has {old.num_hidden_layers}.")
     ratio = old.hidden_size / len(kept_E)
     config = DecoderConfig(
         vocab_size=old.vocab_size,

@@ -92,16 +92,12 @@ class Embedder:
         too_long: TooLong = "error",
     ) -> Iterator[np.ndarray]:
         """`encode` for endless input: one float32 [D] vector per text, in order, in constant memory."""
-        remaining = iter(texts)
+        width, prefix = self._check_dim(dim), self.prefix(prompt, instruction)
+        remaining, done = iter(texts), 0
         while chunk := list(islice(remaining, STREAM_CHUNK)):
-            yield from self.encode(
-                chunk,
-                prompt=prompt,
-                instruction=instruction,
-                dim=dim,
-                normalize=normalize,
-                too_long=too_long,
-            )
+            ids = self._tokenize(chunk, prefix, too_long, first=done)
+            yield from truncate(self._forward(ids), width, normalize)
+            done += len(chunk)
 
     def tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
         """Number of tokens that `encode` computes for these texts, prompt and EOS included."""
@@ -127,7 +123,9 @@ class Embedder:
             raise UsageError(f"dim is {dim}; this model gives 1 to {self.dim} (trained sizes: {self.sizes}).")
         return dim
 
-    def _tokenize(self, texts: Sequence[str], prefix: str, too_long: TooLong) -> list[list[int]]:
+    def _tokenize(
+        self, texts: Sequence[str], prefix: str, too_long: TooLong, first: int = 0
+    ) -> list[list[int]]:
         return encode(
             self._model.tokenizer,
             texts,
@@ -135,6 +133,7 @@ class Embedder:
             eos_id=self.facts.eos_id,
             max_length=self.facts.max_length,
             too_long=too_long,
+            first=first,
         )
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ and its recipe. Weights are read from safetensors only; pickles and code in a fo
 """
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import f2llm
 from f2llm.errors import F2Error
-from f2llm.files import atomic_write, read_json, sha256_file, write_json, write_text
+from f2llm.files import atomic_write, read_object, sha256_file, write_json, write_text
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json
 from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.model.tokenizer import PAD, load_tokenizer
@@ -38,7 +39,7 @@ class ModelFacts:
     template: str = TEMPLATE
     parent: str | None = None  # identity of the model it was trained or cut from
     recipe: str | None = None  # hash of the recipe that made it
-    kept: dict[str, list[int]] | None = None  # pruned models: indices kept of the parent's hidden units
+    kept: dict[str, list[int]] | None = None  # where it was cut: hidden units kept of the uncut model
     identity: str = ""  # filled in by save_model
     schema_version: int = SCHEMA_VERSION
 
@@ -52,9 +53,10 @@ class Model:
     facts: ModelFacts
 
 
-def identity_hash(weights: Path, tokenizer: Path, template: str) -> str:
-    """What a vector depends on: weights, tokenizer and prompt template."""
-    parts = (sha256_file(weights), sha256_file(tokenizer), template)
+def identity_hash(folder: Path, config: DecoderConfig, template: str) -> str:
+    """What a vector depends on: weights and the decoder's settings, tokenizer and prompt template."""
+    settings = json.dumps(asdict(config), sort_keys=True)
+    parts = (sha256_file(folder / WEIGHTS), settings, sha256_file(folder / "tokenizer.json"), template)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -71,7 +73,7 @@ def save_model(folder: Path, model: Model) -> ModelFacts:
     for name, content in _sentence_transformers_files(config, facts).items():
         write_json(folder / name, content)
     (folder / "2_Normalize").mkdir(exist_ok=True)
-    identity = identity_hash(folder / WEIGHTS, folder / "tokenizer.json", facts.template)
+    identity = identity_hash(folder, config, facts.template)
     facts = ModelFacts(**{**asdict(facts), "identity": identity})
     write_json(folder / "f2llm.json", asdict(facts))
     return facts
@@ -125,7 +127,7 @@ def load_model(folder: Path) -> Model:
         raise F2Error(
             f"{folder} is not a model folder: it has no f2llm.json; point to a folder made by f2llm."
         )
-    values = read_json(folder / "f2llm.json")
+    values = read_object(folder / "f2llm.json")
     if values.get("schema_version") != SCHEMA_VERSION:
         raise F2Error(
             f"{folder}/f2llm.json has schema_version {values.get('schema_version')!r}, expected {SCHEMA_VERSION}; "
@@ -137,17 +139,17 @@ def load_model(folder: Path) -> Model:
         raise F2Error(f"{folder}/f2llm.json is incomplete ({error}); make the folder again.") from None
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     decoder = load_decoder(folder)
-    if identity_hash(folder / WEIGHTS, folder / "tokenizer.json", facts.template) != facts.identity:
+    if identity_hash(folder, decoder.config, facts.template) != facts.identity:
         raise F2Error(
-            f"{folder} was changed after it was written: weights, tokenizer and template do not give the identity "
-            "in f2llm.json; copy or make the folder again."
+            f"{folder} was changed after it was written: weights, settings, tokenizer and template do not give the "
+            "identity in f2llm.json; copy or make the folder again."
         )
     return Model(decoder, tokenizer, facts)
 
 
 def load_decoder(folder: Path) -> Decoder:
     """The decoder of any Qwen3 folder with one safetensors file, in float32 and evaluation mode."""
-    config = config_from_json(read_json(folder / "config.json"), f"{folder}/config.json")
+    config = config_from_json(read_object(folder / "config.json"), f"{folder}/config.json")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (FileNotFoundError, SafetensorError) as error:

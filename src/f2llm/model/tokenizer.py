@@ -6,7 +6,7 @@ appends it; `encode` checks that it did.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow.compute as pc
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -26,11 +26,21 @@ WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 TooLong = Literal["error", "truncate"]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` entries (at least 258: bytes, EOS and PAD) over `texts`."""
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, decompose: bool = False
+) -> Tokenizer:
+    """A byte-level BPE over `texts`.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: entries at most; at least 258, for the bytes, EOS and PAD.
+        lowercase: capital and small letters become the same tokens.
+        decompose: NFD, so that accents and the letters of Hangul syllables can be tokens of their own.
+    """
     tokenizer = Tokenizer(models.BPE())
     # A leading space makes a text's first word the same tokens with and without a prompt in front of it.
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
+    steps = [normalizers.NFD() if decompose else normalizers.NFC(), normalizers.Prepend(" ")]
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()] if lowercase else steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
@@ -81,6 +91,7 @@ def encode(
     eos_id: int,
     max_length: int,
     too_long: TooLong,
+    first: int = 0,
 ) -> list[list[int]]:
     """Token ids of each text, each ending in EOS.
 
@@ -89,22 +100,26 @@ def encode(
         prefix: the prompt, put in front of every text.
         max_length: most tokens of a text, EOS included.
         too_long: "error" refuses a longer text; "truncate" cuts it before EOS, which stays.
+        first: number of the first text, for errors.
     """
+    if too_long not in get_args(TooLong):
+        raise UsageError(f"too_long is {too_long!r}; expected 'error' or 'truncate'.")
     prefix = clean(prefix)
     encoded = [e.ids for e in tokenizer.encode_batch_fast([prefix + clean(text) for text in texts])]
-    for number, ids in enumerate(encoded):
+    for position, ids in enumerate(encoded):
         if not ids or ids[-1] != eos_id:
             raise F2Error(
-                f"the tokenizer ended text {number} with token {ids[-1] if ids else 'nothing'}, expected EOS {eos_id}; "
-                "its post-processor does not append EOS, so vectors would be wrong: repair tokenizer.json."
+                f"the tokenizer ended text {first + position} with token {ids[-1] if ids else 'nothing'}, expected "
+                f"EOS {eos_id}; its post-processor does not append EOS, so vectors would be wrong: "
+                "repair tokenizer.json."
             )
         if len(ids) > max_length:
             if too_long == "error":
                 raise UsageError(
-                    f"text {number} has {len(ids)} tokens, the limit is {max_length}; "
+                    f"text {first + position} has {len(ids)} tokens, the limit is {max_length}; "
                     'shorten it, or ask for truncation (too_long="truncate").'
                 )
-            encoded[number] = [*ids[: max_length - 1], eos_id]
+            encoded[position] = [*ids[: max_length - 1], eos_id]
     return encoded
 
 
@@ -115,6 +130,8 @@ def tokenizer_stage(config: TokenizerStage, *, data: Path, out: Path) -> dict[st
     texts = sorted({*texts, *pc.unique(pc.list_flatten(table["positives"])).to_pylist()})
     # Instructions stand in front of every query, so their words are frequent although each is written once here.
     prompts = [query_prefix(source.instruction) for source in sources] * (1 + len(texts) // 20)
-    tokenizer = train_bpe([*texts, *prompts], config.vocab_size)
+    tokenizer = train_bpe(
+        [*texts, *prompts], config.vocab_size, lowercase=config.lowercase, decompose=config.decompose
+    )
     write_text(out / "tokenizer.json", tokenizer.to_str(pretty=False))
     return {"vocab_size": tokenizer.get_vocab_size(), "texts": len(texts)}

@@ -42,7 +42,7 @@ def build_index(
 ) -> dict[str, Any]:
     """Embed `texts` as documents, at `dim` dimensions (None: the model's full width), into a store in `out`."""
     embedder = Embedder(model)
-    width = dim or embedder.dim
+    width = embedder.dim if dim is None else dim
     columns = {"text": pa.string(), "lang": pa.string(), "thing": pa.string()}
     schema = pa.schema({**columns, "vector": pa.list_(pa.float32(), width)})
     with progress(total=len(texts), what=f"index {out.name}", unit="text") as bar:

@@ -99,5 +99,7 @@ def contrastive_terms(
 def distillation_terms(vectors_ND: Tensor, teacher_ND: Tensor, roles: Roles) -> Tensor:
     """Distillation of queries, positives and negatives: three means, added up."""
     parts = [roles.query_B, roles.positive_B, roles.negative_BK.flatten()]
-    losses = [distillation_loss(rows(vectors_ND, part), rows(teacher_ND, part)) for part in parts if len(part)]
+    losses = [
+        distillation_loss(rows(vectors_ND, part), rows(teacher_ND, part)) for part in parts if len(part)
+    ]
     return torch.stack(losses).sum()

@@ -118,7 +118,9 @@ class Sampler:
         self.document_instruction_rate = document_instruction_rate
         weights = [len(rows) * (source_weights or {}).get(rows.source.name, 1.0) for rows in sources]
         if not sum(weights):
-            raise UsageError("source_weights leaves no source to draw from; give one of them a weight above 0.")
+            raise UsageError(
+                "source_weights leaves no source to draw from; give one of them a weight above 0."
+            )
         self.schedule_S = source_schedule(weights, steps, seed)
 
     def __getitem__(self, step: int) -> Batch:
@@ -184,7 +186,9 @@ def _draw_retrieval(rows: SourceRows, picked_B: np.ndarray, count: int, rng: np.
         _pick(rows.positives[r], u) for r, u in zip(picked_B, rng.random(len(picked_B)), strict=True)
     ]
     count = min(count, *(len(rows.negatives[r]) for r in picked_B))
-    negatives = [list(rng.choice(rows.negatives[r], count, replace=False)) if count else [] for r in picked_B]
+    negatives = [
+        [rows.negatives[r][i] for i in rng.permutation(len(rows.negatives[r]))[:count]] for r in picked_B
+    ]
     return positives, negatives, [rows.label[r] for r in picked_B]
 
 
@@ -192,7 +196,7 @@ def _draw_clustering(rows: SourceRows, picked_B: np.ndarray, count: int, rng: np
     """A text of the same label as positive, texts of `count` other labels (drawn with replacement) as negatives."""
     own = [rows.label[r] for r in picked_B]
     others = _other_labels(rows, own, rng.random((len(own), count)))
-    positives = [_text(rows, label, u) for label, u in zip(own, rng.random(len(own)), strict=True)]
+    positives = [_partner(rows, int(r), u) for r, u in zip(picked_B, rng.random(len(own)), strict=True)]
     negatives = [
         [_text(rows, label, u) for label, u in zip(row, us, strict=True)]
         for row, us in zip(others, rng.random((len(own), count)), strict=True)
@@ -219,6 +223,15 @@ def _pick(pool: Sequence[str], u: float) -> str:
 def _text(rows: SourceRows, label: str | None, u: float) -> str:
     pool = rows.rows_by_label[label]
     return rows.query[pool[int(u * len(pool))]]
+
+
+def _partner(rows: SourceRows, row: int, u: float) -> str:
+    """Another text of the row's label; the row's own where its label has no other."""
+    pool = rows.rows_by_label[rows.label[row]]  # ascending
+    if len(pool) == 1:
+        return rows.query[row]
+    place = int(u * (len(pool) - 1))
+    return rows.query[pool[place + (place >= np.searchsorted(pool, row))]]
 
 
 def _other_labels(rows: SourceRows, own: Sequence[str | None], u_BK: np.ndarray) -> list[list[str]]:

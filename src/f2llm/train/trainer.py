@@ -177,7 +177,7 @@ def open_log(path: Path, done: int) -> Iterator[IO[str]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < done]
     write_text(path, "".join(line + "\n" for line in kept))
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", buffering=1) as file:  # a line at a time, for whoever watches
         yield file
 
 

@@ -1,0 +1,302 @@
+"""The benchmarks: the arithmetic of a figure by hand, the turns, the last line's form, and the written page."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+import pytest
+
+from f2llm.errors import F2Error
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+FIGURE_KEYS = ["name", "ours", "peer", "ratio", "bar", "better", "met", "status"]
+
+# Every figure a benchmark promises, its bar and which way is better.
+PROMISED = {
+    "encode": {
+        "tokens/s, peer at its default batch size": (6, "higher"),
+        "tokens/s, peer at its best batch size": (1.9, "higher"),
+        "smallest cosine between our vectors and the peer's": (0.99999, "higher"),
+        "tokens/s, peer at its best batch size and with our memory policy": (None, "higher"),
+    },
+    "train": {
+        "tokens/s, peer padded to the longest": (4, "higher"),
+        "peak memory in GB, peer padded to the longest": (0.5, "lower"),
+        "relative difference of the loss": (1e-4, "lower"),
+        "relative difference of the gradient's norm": (1e-4, "lower"),
+        "tokens/s, peer padded to the longest and with our memory policy": (None, "higher"),
+    },
+}
+
+
+# A worker module for the tests of the protocol: it adds up, prints where a library might, and can die.
+ADDER = """
+import os
+
+def commands(first):
+    def add(second):
+        print("chatter")
+        return int(first) + second
+    return {"add": add, "die": lambda: os._exit(7)}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import one another by plain name, as `python benchmarks/NAME.py` lets them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def adder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a worker module that stands in a folder of its own, beside the real ones."""
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "adder.py").write_text(ADDER)
+    (tmp_path / "workers" / "lonely.py").write_text("import no_such_library\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "adder"
+
+
+def run_script(*arguments: str, path: Path | None = None) -> list[str]:
+    """Lines that a benchmark script prints."""
+    paths = [str(BENCHMARKS.parent / "src"), *([str(path)] if path else [])]
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def check_form(topic: str, result: dict[str, Any]) -> None:
+    """One entry for each promised row, with exactly the promised keys and bars."""
+    assert all(list(figure) == FIGURE_KEYS for figure in result["figures"])
+    found = {figure["name"]: (figure["bar"], figure["better"]) for figure in result["figures"]}
+    assert found == PROMISED[topic]
+    assert len(result["figures"]) == len(found)
+    assert len(result["load_average"]) == 3
+    assert result["machine"]["cores"] == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("bar", "better", "ours", "peer", "ratio", "met"),
+    [
+        (4.0, "higher", 538.0, 107.6, 5.0, True),
+        (4.0, "higher", 538.0, 269.0, 2.0, False),
+        (4.0, "higher", 8.0, 2.0, 4.0, True),  # a bar is reached at the bar
+        (0.5, "lower", 3.0, 12.0, 0.25, True),
+        (0.5, "lower", 9.0, 12.0, 0.75, False),
+        (None, "higher", 3.0, 1.5, 2.0, None),
+        (0.99999, "higher", 0.999995, None, None, True),  # without a peer the bar is for ours
+        (0.99999, "higher", 0.9998, None, None, False),
+        (1e-4, "lower", 2e-6, None, None, True),
+        (1e-4, "lower", 2e-3, None, None, False),
+    ],
+)
+def test_figure(
+    bar: float | None,
+    better: Literal["higher", "lower"],
+    ours: float,
+    peer: float | None,
+    ratio: float | None,
+    met: bool | None,
+) -> None:
+    from harness import Row, measured
+
+    figure = asdict(measured(Row("speed", bar, better), ours, peer))
+    assert figure == {
+        "name": "speed",
+        "ours": ours,
+        "peer": peer,
+        "ratio": pytest.approx(ratio) if ratio else None,
+        "bar": bar,
+        "better": better,
+        "met": met,
+        "status": "measured",
+    }
+
+
+def test_skipped_figure() -> None:
+    from harness import Row, skipped
+
+    assert asdict(skipped(Row("memory", 0.5, "lower"), "No module named 'x'")) == {
+        "name": "memory",
+        "ours": None,
+        "peer": None,
+        "ratio": None,
+        "bar": 0.5,
+        "better": "lower",
+        "met": None,
+        "status": "skipped: No module named 'x'",
+    }
+
+
+def test_turns_alternate_and_give_medians_without_the_warm_up() -> None:
+    from harness import take_turns
+
+    order = []
+    ours, peer = iter([90.0, 3.0, 1.0, 2.0]), iter([0.0, 7.0, 8.0, 100.0])
+
+    def turn(name: str, seconds: Iterator[float]) -> Callable[[], float]:
+        def work() -> float:
+            order.append(name)
+            return next(seconds)
+
+        return work
+
+    medians = take_turns({"ours": turn("ours", ours), "peer": turn("peer", peer)}, rounds=3)
+    assert medians == {"ours": 2.0, "peer": 8.0}
+    assert order == ["ours", "peer"] * 4
+
+
+def test_worker_answers_from_a_process_of_its_own(adder: str) -> None:
+    from harness import worker
+
+    with worker(adder, 40, peer=True) as process:
+        assert process.call("add", second=2) == 42  # what it printed did not come between
+        assert process.call("add", second=-40) == 0
+        assert process.process.pid != os.getpid()
+        assert process.facts["memory_policy"] is False
+        assert process.facts["threads"] >= 1
+        assert process.call("peak_memory") > 50 << 20  # torch alone is more
+    assert process.process.poll() is not None
+
+
+def test_a_worker_that_dies_is_named(adder: str) -> None:
+    from harness import worker
+
+    with worker(adder, 0) as process, pytest.raises(F2Error, match="worker adder ended with exit code 7"):
+        process.call("die")
+
+
+def test_only_a_peer_may_be_missing(adder: str) -> None:
+    from harness import PeerMissing, worker
+
+    with pytest.raises(PeerMissing, match="no_such_library"), worker("lonely", peer=True):
+        pass
+    with pytest.raises(F2Error, match="no_such_library"), worker("lonely"):
+        pass
+
+
+def test_synthetic_texts_are_distinct_and_always_the_same() -> None:
+    from inputs import synthetic_texts
+
+    texts = synthetic_texts(100)
+    assert len(set(texts)) == 100
+    assert texts == synthetic_texts(100)
+    lengths = sorted(len(text.split()) for text in texts)
+    assert lengths[90] > 3 * lengths[50]  # a long tail, as real texts have
+
+
+def test_real_texts_come_from_every_file(shared: Path) -> None:
+    from inputs import DOCUMENTS, FULL, draw_texts
+
+    paths = sorted(shared.glob("data/retrieval/*.parquet"))
+    texts, origin = draw_texts(FULL, DOCUMENTS, len(paths))
+    assert len(set(texts)) == len(paths)
+    assert origin == "shared/data: retrieval (positive)"
+    contents = [set(pq.read_table(path, columns=["positive"])["positive"].to_pylist()) for path in paths]
+    assert all(any(text in content for text in texts) for content in contents)
+
+
+@pytest.mark.slow
+def test_encode() -> None:
+    pytest.importorskip("sentence_transformers")
+    lines = run_script("benchmarks/encode.py", "--small")
+    result = json.loads(lines[-1])
+    check_form("encode", result)
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    cosine = figures["smallest cosine between our vectors and the peer's"]
+    assert cosine["met"] is True
+    assert 0.99999 < cosine["ours"] < 1.00001
+    assert result["workers"]["peer"]["best_batch_size"] in (1, 2, 4, 8, 16, 32)
+    for figure in figures.values():
+        assert figure["status"] == "measured"
+        assert figure["ratio"] == (figure["ours"] / figure["peer"] if figure["peer"] else None)
+
+
+@pytest.mark.slow
+def test_train() -> None:
+    pytest.importorskip("transformers")
+    result = json.loads(run_script("benchmarks/train.py", "--small")[-1])
+    check_form("train", result)
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    assert figures["relative difference of the loss"]["met"] is True
+    assert figures["relative difference of the gradient's norm"]["met"] is True
+    assert result["inputs"]["texts"] == 27
+    assert result["inputs"]["padded_tokens"] == 27 * result["inputs"]["tokens_per_text"]["max"]
+
+
+@pytest.mark.parametrize(
+    ("topic", "library"), [("encode", "sentence_transformers"), ("train", "transformers")]
+)
+def test_without_its_peer_a_benchmark_skips(topic: str, library: str, tmp_path: Path) -> None:
+    (tmp_path / f"{library}.py").write_text(f"raise ImportError('{library} is not here')\n")
+    result = json.loads(run_script(f"benchmarks/{topic}.py", "--small", path=tmp_path)[-1])
+    check_form(topic, result)
+    assert {figure["status"] for figure in result["figures"]} == {f"skipped: {library} is not here"}
+    assert {figure["met"] for figure in result["figures"]} == {None}
+
+
+def test_every_topic_is_run() -> None:
+    from run_all import topics
+
+    assert [path.stem for path in topics()] == sorted(PROMISED)
+
+
+def test_page() -> None:
+    from run_all import page
+
+    rows: list[list[Any]] = [
+        ["tokens/s", 1813.2, 362.0, 5.0088, 6, "higher", False, "measured"],
+        ["cosine", 0.99999991, None, None, 0.99999, "higher", True, "measured"],
+        ["memory", None, None, None, 0.5, "lower", None, "skipped: no peer"],
+        ["extra", 2.5, 1.25, 2.0, None, "higher", None, "measured"],
+    ]
+    result = {
+        "figures": [dict(zip(FIGURE_KEYS, row, strict=True)) for row in rows],
+        "load_average": [0.1, 0.2, 0.3],
+        "date": "2026-01-31T00:00:00+00:00",
+        "command": "python benchmarks/encode.py",
+        "machine": {"cores": 2},
+        "workers": {"ours": {"threads": 2, "versions": {"torch": "2.13.0"}}},
+        "inputs": {"texts": 128},
+    }
+    text = page({"encode": result, "train": "failed with exit code 1"}, small=False)
+    assert "| tokens/s | 1,813 | 362 | 5.01 | at least 6 | no |" in text
+    assert "| cosine | 0.9999999 |  |  | at least 0.99999 | yes |" in text
+    assert "| memory |  |  |  | at most 0.5 | skipped: no peer |" in text
+    assert "| extra | 2.5 | 1.25 | 2.00 |  | no bar |" in text
+    assert "- Load average at the start: 0.1, 0.2, 0.3" in text
+    assert "- Process of ours: threads 2, versions (torch 2.13.0)" in text
+    assert "No figures: failed with exit code 1." in text
+    assert "A trial" not in text
+    assert "A trial" in page({}, small=True)
+
+
+def test_a_broken_script_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from run_all import run
+
+    scripts = {
+        "dies": "print('on the way')\nraise SystemExit(3)",
+        "mute": "print('nothing to say')",
+        "fine": "print('on the way')\nprint('{\"figures\": []}')",
+    }
+    for name, code in scripts.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    results = {name: run(tmp_path / f"{name}.py", []) for name in scripts}
+    assert results == {
+        "dies": "failed with exit code 3",
+        "mute": "its last line is not a JSON object",
+        "fine": {"figures": []},
+    }
+    assert "on the way" in capsys.readouterr().out
