@@ -154,6 +154,11 @@ class TrainStage(Strict):
     distillation_weight: float = Field(
         1.0, gt=0, description="weight of the distance to the teacher's embeddings"
     )
+    distillation_target: Literal["prefix", "kept"] = Field(
+        "prefix",
+        description="which of a wider teacher's dimensions to learn: the first ones, as in the paper, "
+        "or those that pruning kept, where the student was cut from a model the teacher was trained from",
+    )
     formats: list[Format] = Field(FORMATS, min_length=1, description="which formats' rows to train on")
     source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="how often each source is drawn, relative to its number of rows (1)"
@@ -187,6 +192,8 @@ class TrainStage(Strict):
             raise problem("'tokenizer' goes with 'shape': a new decoder needs one, a 'base' brings its own")
         if self.teacher is None and "distillation_weight" in self.model_fields_set:
             raise problem("'distillation_weight' has no effect without a 'teacher'", "distillation_weight")
+        if self.teacher is None and "distillation_target" in self.model_fields_set:
+            raise problem("'distillation_target' has no effect without a 'teacher'", "distillation_target")
         if not self.instructions and "document_instruction_rate" in self.model_fields_set:
             raise problem(
                 "'document_instruction_rate' has no effect without 'instructions'",

@@ -157,9 +157,9 @@ def test_hard_loss(rng: np.random.Generator, temperature: float) -> None:
     assert float(hard_loss(q, positive, negative, temperature)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_distillation_loss_takes_the_teachers_first_dimensions(rng: np.random.Generator) -> None:
-    student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D + 11))
-    expected = naive_distillation(student, teacher[:, :D])
+def test_distillation_loss(rng: np.random.Generator) -> None:
+    student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D))
+    expected = naive_distillation(student, teacher)
     got = distillation_loss(torch.from_numpy(student), torch.from_numpy(teacher))
     assert float(got) == pytest.approx(expected, rel=1e-12)
 
@@ -192,12 +192,12 @@ def test_contrastive_terms_without_hard_negatives(rng: np.random.Generator) -> N
 def test_distillation_terms_add_up_queries_positives_and_negatives(
     rng: np.random.Generator, negatives: int
 ) -> None:
-    student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D + 4))
+    student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D))
     roles = random_roles(rng, negatives)
     expected = 0.0
     for rows in (roles.query_B, roles.positive_B, roles.negative_BK.flatten()):
         if len(rows):
-            expected += naive_distillation(student[rows.numpy()], teacher[rows.numpy(), :D])
+            expected += naive_distillation(student[rows.numpy()], teacher[rows.numpy()])
     got = distillation_terms(torch.from_numpy(student), torch.from_numpy(teacher), roles)
     assert float(got) == pytest.approx(expected, rel=1e-12)
 

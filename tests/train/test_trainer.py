@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from f2llm.compress.prune import cut
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.folder import Model, load_model
 from f2llm.model.tokenizer import encode
 from f2llm.recipe import Shape, TrainStage
 from f2llm.train import trainer
 from f2llm.train.sampler import Batch, Sampler
-from f2llm.train.trainer import embed, learning_rate_at, make_optimizer, train, train_stage
+from f2llm.train.trainer import embed, learning_rate_at, make_optimizer, taught_dimensions, train, train_stage
 
 Settings = Callable[..., TrainStage]
 Batches = Callable[[TrainStage], Sampler]
@@ -126,6 +128,43 @@ def test_a_narrower_teacher_is_refused(
     with pytest.raises(UsageError, match=r"teacher .* 16 wide.* 24"):
         train(config, make_model(), batches(config), make_model(hidden_size=16), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
+    settings: Settings, make_model: MakeModel
+) -> None:
+    teacher = make_model()
+    kept = [0, 1, 2, 5, 8, 13, 21, 23]
+    small = make_model(hidden_size=8)
+    student = replace(small, facts=replace(small.facts, kept={"hidden": kept}))
+    prefix = settings(teacher="teacher", distillation_target="prefix")
+    assert taught_dimensions(prefix, student, teacher).tolist() == list(range(8))
+    assert taught_dimensions(prefix, small, teacher).tolist() == list(range(8))
+    of_kept = settings(teacher="teacher", distillation_target="kept")
+    assert taught_dimensions(of_kept, student, teacher).tolist() == kept
+    with pytest.raises(UsageError, match="was not made by pruning; take 'prefix'"):
+        taught_dimensions(of_kept, small, teacher)
+
+
+@pytest.mark.usefixtures("_every_step_logged")
+def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
+    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Units that are zero in the teacher are cut, so the student's vectors are the teacher's at the kept units."""
+    teacher = make_model()
+    kept_E = torch.tensor([i for i in range(24) if i not in (3, 4, 17)])
+    gone_E = torch.tensor([3, 4, 17])
+    for name, parameter in teacher.decoder.named_parameters():
+        part = name.split(".")[-2]
+        if part == "embed_tokens":
+            parameter.data[:, gone_E] = 0
+        elif part in ("o_proj", "down_proj"):
+            parameter.data[gone_E] = 0
+    small = cut(teacher.decoder, kept_E, [torch.arange(40)] * 2)
+    student = replace(teacher, decoder=small, facts=replace(teacher.facts, kept={"hidden": kept_E.tolist()}))
+    config = settings(teacher="teacher", distillation_target="kept", steps=1)
+    train(config, student, batches(config), teacher, tmp_path)
+    assert read_log(tmp_path)[0]["distillation"] < 1e-10
 
 
 def test_the_teacher_stays_as_it_is(

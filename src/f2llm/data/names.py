@@ -40,7 +40,7 @@ RETRIEVAL = Source(
     format="retrieval",
     task="translation",
     symmetric=True,
-    instruction="Find this name in another language",
+    instruction="Translate this name",
     licence=LICENCE,
 )
 CLUSTERING = Source(

@@ -54,8 +54,8 @@ def hard_loss(q_BD: Tensor, positive_BD: Tensor, negative_BKD: Tensor, temperatu
 
 
 def distillation_loss(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """Mean squared error, over all elements, between raw student vectors and the teacher's prefix of their width."""
-    return F.mse_loss(student_ND, teacher_ND[:, : student_ND.shape[1]])
+    """Mean squared error, over all elements, between raw vectors of student and teacher, of equal width."""
+    return F.mse_loss(student_ND, teacher_ND)
 
 
 @dataclass(frozen=True)

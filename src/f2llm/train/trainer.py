@@ -142,8 +142,30 @@ def weight_of(config: TrainStage, term: str) -> float:
     return config.distillation_weight if term == "distillation" else 1.0
 
 
+def taught_dimensions(config: TrainStage, model: Model, teacher: Model) -> Tensor:
+    """Which of the teacher's dimensions the student's are to equal: int64 [D], D the student's width."""
+    width, teacher_width = model.decoder.config.hidden_size, teacher.decoder.config.hidden_size
+    kept = (model.facts.kept or {}).get("hidden", [])
+    if config.distillation_target == "kept" and len(kept) != width:
+        raise UsageError(
+            "distillation_target is 'kept', but the student was not made by pruning; take 'prefix'."
+        )
+    dimensions = kept if config.distillation_target == "kept" else range(width)
+    if max(dimensions) >= teacher_width:
+        raise UsageError(
+            f"the teacher is {teacher_width} wide, but its student of {width} is to learn its dimension "
+            f"{max(dimensions)}; take a wider teacher."
+        )
+    return torch.tensor(dimensions)
+
+
 def compute_terms(
-    config: TrainStage, model: Model, batch: Batch, teacher: Model | None, sizes: list[int]
+    config: TrainStage,
+    model: Model,
+    batch: Batch,
+    sizes: list[int],
+    teacher: Model | None = None,
+    taught: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """The terms of the loss of one batch, with their graph, and the number of tokens computed."""
     vectors_ND, tokens = embed(model, batch.texts, config.max_length)
@@ -155,9 +177,9 @@ def compute_terms(
         batch.in_batch,
     )
     terms = contrastive_terms(vectors_ND, roles, sizes, config.temperature)
-    if teacher is not None:
+    if teacher is not None and taught is not None:
         with torch.no_grad():
-            teacher_ND, _ = embed(teacher, batch.texts, config.max_length)
+            teacher_ND = embed(teacher, batch.texts, config.max_length)[0].index_select(1, taught)
         terms["distillation"] = distillation_terms(vectors_ND, teacher_ND, roles)
     return terms, tokens
 
@@ -185,15 +207,11 @@ def train(
     config: TrainStage, model: Model, sampler: Sampler, teacher: Model | None, out: Path
 ) -> dict[str, Any]:
     """Run the steps that are not done yet; changes `model.decoder` in place and returns the last step's log."""
-    if teacher and teacher.decoder.config.hidden_size < model.decoder.config.hidden_size:
-        raise UsageError(
-            f"the teacher of {out.name} is {teacher.decoder.config.hidden_size} wide, narrower than its student "
-            f"of {model.decoder.config.hidden_size}, and has nothing to teach the rest; take a wider teacher."
-        )
     decoder = model.decoder.train()
     optimizer = make_optimizer(decoder, config)
     done = load_checkpoint(out / "checkpoints", decoder, optimizer)
     sizes = _sizes(config, decoder)
+    taught = taught_dimensions(config, model, teacher) if teacher else None
     record: dict[str, Any] = {}
     with (
         open_log(out / "log.jsonl", done) as log,
@@ -206,7 +224,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             batch = sampler[step]
-            terms, tokens = compute_terms(config, model, batch, teacher, sizes)
+            terms, tokens = compute_terms(config, model, batch, sizes, teacher, taught)
             loss = torch.stack([weight_of(config, name) * term for name, term in terms.items()]).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
