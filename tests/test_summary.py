@@ -11,7 +11,8 @@ from f2llm.recipe import Recipe
 from f2llm.summary import summarise
 
 REPORT: dict[str, Any] = {
-    "languages": 16,
+    "languages": 17,
+    "languages_scored": 16,
     "models": [
         {
             "name": "large",
@@ -73,9 +74,13 @@ def test_summary_is_a_plain_table_and_searches(
 ) -> None:
     def search(index: Path, query: str, limit: int) -> list[Hit]:
         assert index == tmp_path / "shop"
-        return [Hit(f"like {query}", "deu", "territory:DE", 0.9), Hit("日本", "jpn", "territory:JP", 0.1)][
-            :limit
+        hits = [
+            Hit(query, "swa", "territory:DE", 1.0),
+            Hit(f"like {query}", "deu", "territory:DE", 0.9),
+            Hit("日本", "jpn", "territory:JP", 0.5),
+            Hit("Jarman", "hau", "territory:DE", 0.1),
         ]
+        return hits[:limit]
 
     report = SimpleNamespace(write_report=lambda run: REPORT if run == tmp_path else None)
     monkeypatch.setitem(sys.modules, "f2llm.evaluate.report", report)
@@ -90,6 +95,6 @@ def test_summary_is_a_plain_table_and_searches(
         ["baseline:", "tfidf", "0.321"],
         ["baseline:", "lookup", "0.100"],
         ["Report:", str(tmp_path / "report.html")],
-        ["Ujerumani:", "like", "Ujerumani", "(deu),", "日本", "(jpn)"],
-        ["[x]:", "like", "[x]", "(deu),", "日本", "(jpn)"],
+        "Ujerumani is territory:DE: like Ujerumani (deu), Jarman (hau)".split(),
+        "[x] is territory:DE: like [x] (deu), Jarman (hau)".split(),
     ]

@@ -12,7 +12,7 @@ from f2llm.recipe import EvaluateStage, IndexStage, Recipe
 
 PLAIN_WIDTH = 110  # columns where standard output is not a terminal
 SMALL_SIZES = ("64", "16")
-HITS = 5
+NEAREST, SHOWN = 60, 8  # texts looked at for each example search, and names shown of them
 
 
 def summarise(recipe: Recipe, run: Path) -> None:
@@ -30,7 +30,7 @@ def summarise(recipe: Recipe, run: Path) -> None:
 
 def scores_table(report: dict[str, Any], *, plain: bool) -> Table:
     """Models and baselines of a report, with mean accuracy@1 over languages at full width and at small sizes."""
-    title = f"accuracy@1 on held-out names, mean over {report['languages']} languages"
+    title = f"accuracy@1 on held-out names, mean over {report['languages_scored']} languages"
     table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
     table.add_column("model")
     for heading in ("parameters", "tokens/s", "full", *(f"{size} dims" for size in SMALL_SIZES)):
@@ -53,8 +53,11 @@ def _mean(scores: dict[str, Any], size: str) -> str:
 
 
 def _print_searches(console: Console, index: Path, queries: list[str]) -> None:
+    """For each query the thing that it is taken for, and that thing's other names among the nearest texts."""
     from f2llm.search.store import search
 
     for query in queries:
-        found = ", ".join(f"{hit.text} ({hit.lang})" for hit in search(index, query, HITS))
-        console.print(f"{query}: {found}", markup=False, soft_wrap=True)
+        hits = search(index, query, NEAREST)
+        thing = hits[0].thing
+        names = [f"{hit.text} ({hit.lang})" for hit in hits if hit.thing == thing and hit.text != query]
+        console.print(f"{query} is {thing}: {', '.join(names[:SHOWN])}", markup=False, soft_wrap=True)

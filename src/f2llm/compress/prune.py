@@ -41,10 +41,11 @@ def prune_stage(
     decoder = cut(
         parent.decoder, kept_E, [strongest(m, config.intermediate_size) for m in mlp_I[: config.layers]]
     )
+    nested = len(parent.facts.matryoshka_sizes) > 1
     facts = ModelFacts(
         eos_id=parent.facts.eos_id,
         max_length=parent.facts.max_length,
-        matryoshka_sizes=matryoshka_sizes(config.hidden_size),
+        matryoshka_sizes=matryoshka_sizes(config.hidden_size) if nested else [config.hidden_size],
         instruction=parent.facts.instruction,
         template=parent.facts.template,
         parent=parent.facts.identity,

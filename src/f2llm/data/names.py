@@ -23,6 +23,7 @@ from f2llm import languages as lang
 from f2llm.data.rows import Source, rows_table, write_rows
 from f2llm.errors import UsageError
 from f2llm.files import write_table
+from f2llm.progress import progress
 from f2llm.rng import generator
 from f2llm.text import clean
 
@@ -82,15 +83,16 @@ def collect(min_names: int, languages: list[str] | None = None) -> list[Name]:
     asked = {ENGLISH, *map(lang.tag, languages or ())}
     names: list[Name] = []
     found: Counter[str] = Counter()
-    for locale in localedata.locale_identifiers():
-        if not _is_language(locale):
-            continue
-        tag = lang.tag(locale)
-        if languages is None or tag in asked:
-            own = list(_names_of(tag, _own_data(locale)))
-            found[tag] = len(own)
-            if len(own) >= min_names:
-                names += own
+    locales = [locale for locale in localedata.locale_identifiers() if _is_language(locale)]
+    with progress(total=len(locales), what="read CLDR", unit="locale") as bar:
+        for locale in locales:
+            tag = lang.tag(locale)
+            if languages is None or tag in asked:
+                own = list(_names_of(tag, _own_data(locale)))
+                found[tag] = len(own)
+                if len(own) >= min_names:
+                    names += own
+            bar.advance()
     for tag in sorted(asked):
         if found[tag] < min_names:
             raise UsageError(
@@ -108,7 +110,8 @@ def _is_language(locale: str) -> bool:
 def _own_data(locale: str) -> dict[str, Any]:
     """What CLDR says in this very locale, without what it inherits (codes like `M01` from the root, English...).
 
-    Read from babel's own file: localedata.load would put the part where other users of babel expect the whole.
+    Read from babel's own file: localedata.load would put the part where other users of babel expect the whole. (The
+    file is a pickle, but one that came with the installed library, as much code as the library itself.)
     """
     with open(localedata.resolve_locale_filename(locale), "rb") as file:
         return pickle.load(file)
@@ -171,24 +174,30 @@ def retrieval_rows(names: Iterable[Name], *, positives: int, seed: int) -> pa.Ta
     in all at most. A string that several languages share stands once, with the language `mul`.
     """
     columns: dict[str, list[Any]] = defaultdict(list)
-    for thing, group in groupby(sorted(names), key=lambda name: name.thing):
-        langs: dict[str, set[str]] = defaultdict(set)  # of each distinct text
-        for name in group:
-            langs[name.text].add(name.lang)
-        english = [text for text in langs if ENGLISH in langs[text]]  # one or none
-        # The others lie in a shuffled ring, and a name's positives are those that follow it: a fair draw in which
-        # every name is the positive of equally many.
-        ring = [text for text in langs if text not in english]
-        generator(seed, RETRIEVAL.name, thing).shuffle(ring)
-        others = {text: english + ring[place + 1 :] + ring[:place] for place, text in enumerate(ring)}
-        others |= dict.fromkeys(english, ring)
-        for text, answers in others.items():
-            if answers := answers[:positives]:
-                columns["query"].append(text)
-                columns["positives"].append(answers)
-                columns["label"].append(thing)
-                columns["query_lang"].append(_sole(langs[text]))
-                columns["positive_lang"].append(_sole(set().union(*(langs[answer] for answer in answers))))
+    ordered = sorted(names)
+    with progress(total=len(ordered), what="pair names", unit="name") as bar:
+        for thing, named in groupby(ordered, key=lambda name: name.thing):
+            group = list(named)
+            langs: dict[str, set[str]] = defaultdict(set)  # of each distinct text
+            for name in group:
+                langs[name.text].add(name.lang)
+            english = [text for text in langs if ENGLISH in langs[text]]  # one or none
+            # The others lie in a shuffled ring, and a name's positives are those that follow it: a fair draw in which
+            # every name is the positive of equally many.
+            ring = [text for text in langs if text not in english]
+            generator(seed, RETRIEVAL.name, thing).shuffle(ring)
+            others = {text: english + ring[place + 1 :] + ring[:place] for place, text in enumerate(ring)}
+            others |= dict.fromkeys(english, ring)
+            for text, answers in others.items():
+                if answers := answers[:positives]:
+                    columns["query"].append(text)
+                    columns["positives"].append(answers)
+                    columns["label"].append(thing)
+                    columns["query_lang"].append(_sole(langs[text]))
+                    columns["positive_lang"].append(
+                        _sole(set().union(*(langs[answer] for answer in answers)))
+                    )
+            bar.advance(len(group))
     return rows_table(RETRIEVAL, columns)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from f2llm.errors import F2Error
 from f2llm.evaluate.exam import Exam, Integers, Questions, chunks, ranks
+from f2llm.progress import progress
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -56,12 +57,14 @@ def nearest_ranks(exam: Exam, questions: Questions) -> Integers:
     # An answer without a training name scores 0 like everything else and is last, whatever is nearest.
     ranks_Q = np.full(len(questions.texts), len(exam.candidates), dtype=np.int64)
     findable = np.flatnonzero(np.isin(questions.answers_Q, named))
-    for chunk in chunks(len(findable), CHUNK):
-        asked = findable[chunk]
-        questions_BF = vectorizer.transform([questions.texts[i] for i in asked])
-        scores_BC = np.zeros((len(asked), len(exam.candidates)), dtype=np.float32)
-        scores_BC[:, named] = np.maximum.reduceat((questions_BF @ names_FN).toarray(), starts, axis=1)
-        ranks_Q[asked] = ranks(scores_BC, questions.answers_Q[asked])
+    with progress(total=len(findable), what="score the nearest name", unit="name") as bar:
+        for chunk in chunks(len(findable), CHUNK):
+            asked = findable[chunk]
+            questions_BF = vectorizer.transform([questions.texts[i] for i in asked])
+            scores_BC = np.zeros((len(asked), len(exam.candidates)), dtype=np.float32)
+            scores_BC[:, named] = np.maximum.reduceat((questions_BF @ names_FN).toarray(), starts, axis=1)
+            ranks_Q[asked] = ranks(scores_BC, questions.answers_Q[asked])
+            bar.advance(len(asked))
     return ranks_Q
 
 

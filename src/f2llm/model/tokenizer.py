@@ -4,6 +4,7 @@ The EOS token is appended by the post-processor inside tokenizer.json, so that e
 appends it; `encode` checks that it did.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -52,7 +53,7 @@ def train_bpe(
         vocab_size=vocab_size,
         special_tokens=[EOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     append_eos(tokenizer, EOS)

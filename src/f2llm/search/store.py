@@ -11,6 +11,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault(
+    "LANCE_LOG", "error"
+)  # before it is imported: it warns that a new table does not exist yet
+
 import lancedb
 import pyarrow as pa
 import pyarrow.parquet as pq
