@@ -17,7 +17,6 @@ import torch
 from f2llm.model.decoder import initialise
 from f2llm.model.folder import Model
 from f2llm.recipe import HardNegatives, TrainStage
-from f2llm.train import trainer
 from f2llm.train.sampler import Sampler
 from f2llm.train.trainer import train
 
@@ -38,9 +37,7 @@ def test_losses_are_the_committed_ones(
     batches: Callable[[TrainStage], Sampler],
     make_model: Callable[..., Model],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     config = settings(
         teacher="teacher",
         steps=20,

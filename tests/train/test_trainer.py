@@ -22,7 +22,6 @@ from f2llm.errors import F2Error, UsageError
 from f2llm.model.folder import Model, load_model
 from f2llm.model.tokenizer import encode
 from f2llm.recipe import Shape, TrainStage
-from f2llm.train import trainer
 from f2llm.train.sampler import Batch, Sampler
 from f2llm.train.trainer import embed, learning_rate_at, make_optimizer, taught_dimensions, train, train_stage
 
@@ -30,11 +29,6 @@ Settings = Callable[..., TrainStage]
 Batches = Callable[[TrainStage], Sampler]
 MakeModel = Callable[..., Model]
 SHAPE = Shape(hidden_size=24, intermediate_size=40, layers=2, heads=4, kv_heads=2, head_dim=8)
-
-
-@pytest.fixture
-def _every_step_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -83,7 +77,6 @@ def test_weights_decay_and_norms_do_not(settings: Settings, make_model: MakeMode
 # --- Learning
 
 
-@pytest.mark.usefixtures("_every_step_logged")
 def test_training_learns_the_names(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -95,7 +88,6 @@ def test_training_learns_the_names(
     assert sum(losses[-5:]) < 0.4 * sum(losses[:5])
 
 
-@pytest.mark.usefixtures("_every_step_logged")
 def test_loss_is_the_sum_of_its_terms(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -112,7 +104,6 @@ def test_loss_is_the_sum_of_its_terms(
         assert line["learning_rate"] == learning_rate_at(config, line["step"])
 
 
-@pytest.mark.usefixtures("_every_step_logged")
 def test_a_student_of_the_teachers_weights_has_nothing_to_learn_from_it(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -146,7 +137,6 @@ def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
         taught_dimensions(of_kept, small, teacher)
 
 
-@pytest.mark.usefixtures("_every_step_logged")
 def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -233,7 +223,6 @@ class Interrupted:
         return self.sampler[step]
 
 
-@pytest.mark.usefixtures("_every_step_logged")
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_a_continued_run_ends_in_the_same_bits(
     stop: int, settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
@@ -260,7 +249,6 @@ def test_a_continued_run_ends_in_the_same_bits(
     assert (again["loss"], again["step"]) == (last["loss"], 5)
 
 
-@pytest.mark.usefixtures("_every_step_logged")
 def test_a_half_written_line_of_the_log_is_dropped(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ BASELINES = {
 STRIP_LANGUAGES = 3  # scripts with fewer scored languages share one strip
 COLOURS = 6  # in templates/style.css
 LONGEST_FACT = 30
+MOST_POINTS = 300  # of one line of losses; a long run logs far more than a picture can show
 
 Figures = dict[str, Any]
 
@@ -186,7 +187,11 @@ def loss_panels(logged: dict[str, list[Figures]]) -> list[dict[str, Any]]:
             for record in records:
                 if term in record:
                     by_source.setdefault(record["source"], []).append((record["step"], record[term]))
-            series = [Series(name, by_source[name], colours[name]) for name in sources if name in by_source]
+            series = [
+                Series(name, by_source[name][:: 1 + len(by_source[name]) // MOST_POINTS], colours[name])
+                for name in sources
+                if name in by_source
+            ]
             if series:
                 panels.append(
                     {"stage": stage, "title": title, "series": series, "chart": charts.losses(series)}

@@ -30,7 +30,6 @@ from f2llm.train.objective import Roles, contrastive_terms, distillation_terms, 
 from f2llm.train.sampler import Batch, Sampler, load_sources
 
 BETAS = (0.9, 0.98)
-LOG_EVERY = 10  # steps
 
 
 def train_stage(
@@ -235,14 +234,12 @@ def train(
                     "lower learning_rate or lengthen warmup_steps."
                 )
             optimizer.step()
-            if step % LOG_EVERY == 0 or step == config.steps - 1:
-                record = {"step": step, "source": batch.source, "loss": loss.item()}
-                record |= {name: term.item() for name, term in terms.items()}
-                record |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
-                record["tokens_per_second"] = tokens / (time.perf_counter() - started)
-                log.write(json.dumps(record) + "\n")
+            record = {"step": step, "source": batch.source, "loss": loss.item()}
+            record |= {name: term.item() for name, term in terms.items()}
+            record |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
+            record["tokens_per_second"] = tokens / (time.perf_counter() - started)
+            log.write(json.dumps(record) + "\n")
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                log.flush()
                 save_checkpoint(out / "checkpoints", step + 1, decoder, optimizer)
             bar.advance(1, note=f"loss {loss.item():.3f}")
     decoder.eval()
