@@ -91,7 +91,9 @@ def test_killed_three_times_it_ends_in_the_same_weights_and_scores(
         process = subprocess.Popen(RUN, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(4, 4 + seconds / 2))
         if process.poll() is not None:  # it was faster than we: begin once more
+            assert process.returncode == 0
             shutil.rmtree(tmp_path / "runs")
+            kills = 0
             continue
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -126,6 +126,14 @@ WRONG = [
 ]  # fmt: skip
 
 
+def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(levels))
+    with pytest.raises(UsageError, match="more than 10,000 values"):
+        load(tmp_path / "bomb.yaml")
+
+
 @pytest.mark.parametrize(("old", "new", "at", "sentence"), WRONG, ids=range(len(WRONG)))
 def test_wrong_recipe_is_one_sentence_with_its_line(
     tmp_path: Path, old: str, new: str, at: str, sentence: str

@@ -29,6 +29,7 @@ HEIGHTS = (
     {"model"},
     {"train", "embed"},
     {"compress", "evaluate", "search"},
+    {"summary"},
     {"pipeline", "doctor"},
     {"cli"},
 )

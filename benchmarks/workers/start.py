@@ -11,14 +11,12 @@ request's other keys and return something that JSON can hold. Every worker answe
 import importlib
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from f2llm.runtime import keep_memory
+from f2llm.runtime import keep_memory, peak_memory
 
 LIBRARIES = ("torch", "numpy", "tokenizers", "transformers", "sentence-transformers")
 
@@ -27,17 +25,6 @@ def versions() -> dict[str, str]:
     """Versions of the libraries that matter to speed, those that are installed here."""
     installed = {name: list(metadata.distributions(name=name)) for name in LIBRARIES}
     return {name: found[0].version for name, found in installed.items() if found}
-
-
-def peak_memory() -> int:
-    """Most bytes this process has held at once."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would do, but there a child inherits the peak of the process that started it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from f2llm import __version__, runtime
-from f2llm.errors import F2Error, UsageError
+from f2llm.errors import F2Error, UsageError, plain_errors
 
 app = typer.Typer(
     help="The open factory for multilingual text-embedding models.",
@@ -145,7 +145,7 @@ def version() -> None:
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
-    """The texts of a file or of standard input, one a time."""
+    """The texts of a file or of standard input, one at a time."""
     from f2llm.data.user_files import iterate_texts
 
     if str(path) == "-":
@@ -163,7 +163,8 @@ def main() -> None:
     runtime.keep_memory()
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        with plain_errors("the command", Path.cwd()):
+            app()
     except F2Error as error:
         if "--debug" in sys.argv:
             raise
@@ -171,7 +172,8 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Interrupted:
         typer.echo(
-            "interrupted; what was finished is kept, and the same command goes on from there.", err=True
+            "interrupted; what was finished is kept, and a run that is started again goes on from there.",
+            err=True,
         )
         sys.exit(1)
     except BrokenPipeError:

@@ -10,15 +10,12 @@ For each stage, in the order of the recipe:
 Since a fingerprint holds the contents of the inputs, not their age, a change redoes just what depends on it.
 """
 
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from f2llm import __version__
-from f2llm.errors import F2Error, UsageError
+from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.files import read_json, sha256_file, sha256_folder, write_json, write_text
 from f2llm.progress import say
 from f2llm.recipe import (
@@ -45,12 +42,14 @@ from f2llm.recipe import (
     inputs,
     recipe_hash,
 )
+from f2llm.runtime import peak_memory
 from f2llm.summary import summarise
 
 MANIFEST_SCHEMA = 1
 MANIFEST, STARTED = "manifest.json", "started.json"
 NOT_CONTENT = (MANIFEST, STARTED, "checkpoints", "log.jsonl")  # a log tells times, never the same twice
-LIBRARIES = ("torch", "numpy", "tokenizers")
+LIBRARIES = ("torch", "numpy", "tokenizers", "babel")
+DATA_OF = {"names": "babel"}  # stages whose result is what a library holds: a new version is new data
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def run(recipe: Recipe, recipe_path: Path) -> Path:
     folder = recipe.output
     context = Context(recipe.seed, recipe_hash(recipe))
     _check_paths(recipe)
-    with _plain_errors("the run", folder), _alone_in(folder):
+    with plain_errors("the run", folder), _alone_in(folder):
         write_text(folder / "recipe.yaml", recipe_path.read_text(encoding="utf-8"))
         contents: dict[str, str] = {}
         for name, config in recipe.stages.items():
@@ -179,11 +178,13 @@ def _finish(
         "seed": context.seed,
         "inputs": hashes,
     }
-    fingerprint = hashlib.sha256(canonical_json(identity | {"f2llm": __version__})).hexdigest()
+    versions = _versions()
+    decides = {library: versions[library] for library in ("f2llm", DATA_OF.get(config.stage, "f2llm"))}
+    fingerprint = hashlib.sha256(canonical_json(identity | decides)).hexdigest()
     if content := _content_if_done(name, out, fingerprint):
         say(f"{name}: done already")
         return content
-    with _plain_errors(f"stage {name!r}", out):
+    with plain_errors(f"stage {name!r}", out):
         spent = _open_folder(name, out, fingerprint)
         began = time.monotonic()
         facts = STAGES[config.stage](config, given, out, context)
@@ -192,11 +193,11 @@ def _finish(
         manifest = {
             **identity,
             "name": name,
-            "versions": _versions(),
+            "versions": versions,
             "fingerprint": fingerprint,
             "content": content,
             "seconds": round(seconds, 3),
-            "peak_memory_gb": round(_peak_memory_gb(), 3),
+            "peak_memory_gb": round(peak_memory() / 1e9, 3),
             "facts": facts,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -294,33 +295,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _plain_errors(who: str, folder: Path) -> Iterator[None]:
-    """Say what the system refused in one sentence; mistakes in the program pass as they are."""
-    try:
-        yield
-    except F2Error:
-        raise
-    except Exception as error:
-        # Libraries written in other languages know the error only as text.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
-            raise F2Error(
-                f"{who} stopped: the disk that holds {folder} is full; free some space and run the same command "
-                "again, which goes on from what is finished."
-            ) from error
-        if isinstance(error, OSError):
-            what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            raise F2Error(f"{who} stopped ({what}); mend that and run the same command again.") from error
-        raise
-
-
 def _versions() -> dict[str, str]:
     libraries = {library: importlib.metadata.version(library) for library in LIBRARIES}
     return {"f2llm": __version__, "python": platform.python_version()} | libraries
-
-
-def _peak_memory_gb() -> float:
-    """Most memory this process has held, in 10^9 bytes; macOS counts in bytes, Linux in KiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

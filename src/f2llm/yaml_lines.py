@@ -15,6 +15,7 @@ from f2llm.errors import UsageError
 
 Location = tuple[str | int, ...]
 
+MOST_VALUES = 10_000  # so that aliases of aliases cannot fill the memory
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
 INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
@@ -66,6 +67,10 @@ class _Reader:
         return UsageError(f"{self.path}:{_line(node)}: {what}.")
 
     def value(self, node: yaml.Node, location: Location, parents: list[yaml.Node]) -> Any:
+        if len(self.lines) > MOST_VALUES:
+            raise self.refuse(
+                node, f"the file has more than {MOST_VALUES:,} values; write fewer, or fewer aliases"
+            )
         if node.tag not in PLAIN_TAGS:
             raise self.refuse(node, f"the tag {node.tag!r} is not understood; write the plain value")
         if node in parents:

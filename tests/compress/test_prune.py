@@ -246,7 +246,7 @@ def test_stage_finds_the_units_that_matter(
     facts = prune(parent, rows_folder, tmp_path / "small")
     large, small = Embedder(parent), Embedder(tmp_path / "small")
     kept = small.facts.kept
-    assert kept == {"hidden": list(range(2, 48, 3))}
+    assert kept == {"of": large.identity, "hidden": list(range(2, 48, 3))}
     before = large.encode(names, normalize=False)[:, kept["hidden"]]
     after = small.encode(names, normalize=False)
     assert abs(after - before).max() < 1e-4 * abs(before).max()
@@ -255,6 +255,18 @@ def test_stage_finds_the_units_that_matter(
     assert (small.facts.parent, small.facts.recipe) == (large.identity, "r")
     assert small.facts.instruction == large.facts.instruction
     assert (small.facts.max_length, small.facts.eos_id) == (large.facts.max_length, large.facts.eos_id)
+
+
+def test_what_is_kept_of_a_cut_model_is_numbered_as_in_the_uncut_one(
+    parent: Path, rows_folder: Path, tmp_path: Path
+) -> None:
+    prune(parent, rows_folder, tmp_path / "small")
+    prune(tmp_path / "small", rows_folder, tmp_path / "smaller", hidden_size=8)
+    small, smaller = Embedder(tmp_path / "small").facts, Embedder(tmp_path / "smaller").facts
+    assert small.kept and smaller.kept
+    assert smaller.kept["of"] == small.kept["of"] == Embedder(parent).identity
+    assert len(smaller.kept["hidden"]) == 8
+    assert set(smaller.kept["hidden"]) < set(small.kept["hidden"])
 
 
 def test_stage_keeps_indices_in_ascending_order(

@@ -9,7 +9,7 @@ import pytest
 
 from f2llm.data.names import NAMES_FILE
 from f2llm.embed.embedder import Embedder
-from f2llm.errors import F2Error
+from f2llm.errors import F2Error, UsageError
 from f2llm.files import write_table
 from f2llm.model.folder import save_model
 from f2llm.recipe import IndexStage
@@ -49,6 +49,17 @@ def test_an_index_moves_with_its_model_and_refuses_another(
     save_model(moved / "model", make_model(seed=1))  # type: ignore[operator]
     with pytest.raises(F2Error, match="build the index again"):
         search(moved / "index", "Germany", 3)
+
+
+def test_a_wrong_size_leaves_the_index_as_it_was(model: Path, names: list[str], tmp_path: Path) -> None:
+    blank = [""] * len(names)
+    build_index(model, names, blank, blank, tmp_path / "index", 8)
+    before = search(tmp_path / "index", "Germany", 3)
+    with pytest.raises(UsageError, match="dim is 999"):
+        build_index(model, names, blank, blank, tmp_path / "index", 999)
+    with pytest.raises(UsageError, match="no texts"):
+        build_index(model, [], [], [], tmp_path / "index", 8)
+    assert search(tmp_path / "index", "Germany", 3) == before
 
 
 def test_the_names_stage_is_indexed_with_each_text_of_a_thing_once(model: Path, tmp_path: Path) -> None:

@@ -127,14 +127,18 @@ def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
     teacher = make_model()
     kept = [0, 1, 2, 5, 8, 13, 21, 23]
     small = make_model(hidden_size=8)
-    student = replace(small, facts=replace(small.facts, kept={"hidden": kept}))
+    student = replace(small, facts=replace(small.facts, kept={"of": "uncut", "hidden": kept}))
     prefix = settings(teacher="teacher", distillation_target="prefix")
     assert taught_dimensions(prefix, student, teacher).tolist() == list(range(8))
     assert taught_dimensions(prefix, small, teacher).tolist() == list(range(8))
     of_kept = settings(teacher="teacher", distillation_target="kept")
-    assert taught_dimensions(of_kept, student, teacher).tolist() == kept
-    with pytest.raises(UsageError, match="was not made by pruning; take 'prefix'"):
-        taught_dimensions(of_kept, small, teacher)
+    for same in ({"identity": "uncut"}, {"parent": "uncut"}):
+        relative = replace(teacher, facts=replace(teacher.facts, **same))
+        assert taught_dimensions(of_kept, student, relative).tolist() == kept
+    strangers = [(small, teacher), (student, replace(teacher, facts=replace(teacher.facts, identity="x")))]
+    for pupil, other in strangers:
+        with pytest.raises(UsageError, match="do not correspond; take 'prefix'"):
+            taught_dimensions(of_kept, pupil, replace(other, facts=replace(other.facts, parent="another")))
 
 
 def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
@@ -151,7 +155,11 @@ def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
         elif part in ("o_proj", "down_proj"):
             parameter.data[gone_E] = 0
     small = cut(teacher.decoder, kept_E, [torch.arange(40)] * 2)
-    student = replace(teacher, decoder=small, facts=replace(teacher.facts, kept={"hidden": kept_E.tolist()}))
+    student = replace(
+        teacher,
+        decoder=small,
+        facts=replace(teacher.facts, kept={"of": teacher.facts.identity, "hidden": kept_E.tolist()}),
+    )
     config = settings(teacher="teacher", distillation_target="kept", steps=1)
     train(config, student, batches(config), teacher, tmp_path)
     assert read_log(tmp_path)[0]["distillation"] < 1e-10
@@ -290,7 +298,7 @@ def test_stage_leaves_a_model_and_no_checkpoints(
     facts = run_stage(config, first, data=rows_folder, tokenizer=tokenizer_folder)
     model = load_model(first)
     assert sorted(path.name for path in first.iterdir() if "checkpoint" in path.name) == []
-    assert len(read_log(first)) == 2 and facts["last"]["step"] == 5
+    assert len(read_log(first)) == 6 and facts["last"]["step"] == 5
     assert facts["identity"] == model.facts.identity
     assert facts["parameters"] == sum(p.numel() for p in model.decoder.parameters())
     assert (model.facts.parent, model.facts.recipe) == (None, "the recipe's hash")

@@ -50,16 +50,17 @@ def prune_stage(
         template=parent.facts.template,
         parent=parent.facts.identity,
         recipe=recipe_hash,
-        kept={"hidden": _of_the_uncut(parent, kept_E)},
+        kept=_kept_of_the_uncut(parent, kept_E),
     )
     facts = save_model(out, Model(decoder, parent.tokenizer, facts))
     return {"parameters": model_size(decoder), "identity": facts.identity}
 
 
-def _of_the_uncut(parent: Model, kept_E: Tensor) -> list[int]:
-    """The kept units by their numbers in the model that nothing was cut from yet."""
-    numbers = (parent.facts.kept or {}).get("hidden", range(parent.decoder.config.hidden_size))
-    return [numbers[unit] for unit in kept_E.tolist()]
+def _kept_of_the_uncut(parent: Model, kept_E: Tensor) -> dict[str, Any]:
+    """The model that nothing was cut from yet, and the numbers that the kept units have in it."""
+    width = parent.decoder.config.hidden_size
+    uncut = parent.facts.kept or {"of": parent.facts.identity, "hidden": list(range(width))}
+    return {"of": uncut["of"], "hidden": [uncut["hidden"][unit] for unit in kept_E.tolist()]}
 
 
 @torch.no_grad()

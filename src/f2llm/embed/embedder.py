@@ -100,8 +100,8 @@ class Embedder:
             done += len(chunk)
 
     def tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
-        """Number of tokens that `encode` computes for these texts, prompt and EOS included."""
-        return sum(map(len, self._tokenize(texts, self.prefix(prompt, None), "truncate")))
+        """Number of tokens that `encode` computes for these texts: distinct ones once, prompt and EOS included."""
+        return sum(map(len, set(map(tuple, self._tokenize(texts, self.prefix(prompt, None), "truncate")))))
 
     def prefix(self, prompt: str | None, instruction: str | None) -> str:
         """What `encode` puts in front of each text."""

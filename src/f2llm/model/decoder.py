@@ -72,7 +72,7 @@ def config_from_json(values: dict[str, Any], where: str) -> DecoderConfig:
 
 
 def config_to_json(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` that transformers 4 and 5, sentence-transformers, TEI, vLLM and llama.cpp read."""
+    """The `config.json` of a Qwen3 model, with the keys of transformers 4, which transformers 5 reads too."""
     return {
         "architectures": ["Qwen3Model"],
         "model_type": "qwen3",

@@ -1,6 +1,7 @@
-"""The model folder on disk: one that sentence-transformers, transformers, TEI, vLLM and llama.cpp load as it is.
+"""The model folder on disk, which sentence-transformers and transformers load as it is.
 
-The layout is the legacy sentence-transformers one, which old and new readers both accept. What is ours alone stands
+The layout is the legacy sentence-transformers one, which old and new readers both accept; it is laid out for TEI,
+vLLM and llama.cpp as well, with which it has not been tried yet. What is ours alone stands
 in f2llm.json: EOS, prompt template, Matryoshka sizes, trained maximum length, and hashes of the model, its parent
 and its recipe. Weights are read from safetensors only; pickles and code in a folder are never touched.
 """
@@ -39,7 +40,9 @@ class ModelFacts:
     template: str = TEMPLATE
     parent: str | None = None  # identity of the model it was trained or cut from
     recipe: str | None = None  # hash of the recipe that made it
-    kept: dict[str, list[int]] | None = None  # where it was cut: hidden units kept of the uncut model
+    kept: dict[str, Any] | None = (
+        None  # where it was cut: identity of the uncut model, hidden units kept of it
+    )
     identity: str = ""  # filled in by save_model
     schema_version: int = SCHEMA_VERSION
 

@@ -118,7 +118,7 @@ def encode(
             if too_long == "error":
                 raise UsageError(
                     f"text {first + position} has {len(ids)} tokens, the limit is {max_length}; "
-                    'shorten it, or ask for truncation (too_long="truncate").'
+                    'shorten it, or ask for truncation (--truncate, or too_long="truncate").'
                 )
             encoded[position] = [*ids[: max_length - 1], eos_id]
     return encoded

@@ -11,17 +11,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault(
-    "LANCE_LOG", "error"
-)  # before it is imported: it warns that a new table does not exist yet
+from f2llm.errors import F2Error, UsageError
 
-import lancedb
+# Lance warns of every new table that it does not exist yet; its log is set up when it is imported.
+os.environ.setdefault("LANCE_LOG", "error")
+try:
+    import lancedb
+except ImportError:
+    raise F2Error("the vector store needs lancedb, which is missing; install f2llm[search].") from None
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm.data.names import NAMES_FILE
 from f2llm.embed.embedder import Embedder
-from f2llm.errors import F2Error, UsageError
 from f2llm.files import read_json, write_json
 from f2llm.progress import progress
 from f2llm.recipe import IndexStage
@@ -47,6 +49,11 @@ def build_index(
     """Embed `texts` as documents, at `dim` dimensions (None: the model's full width), into a store in `out`."""
     embedder = Embedder(model)
     width = embedder.dim if dim is None else dim
+    if not texts:
+        raise UsageError(f"there are no texts to index in {out}; give at least one.")
+    if not 1 <= width <= embedder.dim:
+        raise UsageError(f"dim is {width}; {model} gives 1 to {embedder.dim}.")
+    (out / FACTS).unlink(missing_ok=True)  # without it the folder is no index, until the new one is whole
     columns = {"text": pa.string(), "lang": pa.string(), "thing": pa.string()}
     schema = pa.schema({**columns, "vector": pa.list_(pa.float32(), width)})
     with progress(total=len(texts), what=f"index {out.name}", unit="text") as bar:

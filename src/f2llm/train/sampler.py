@@ -236,8 +236,13 @@ def _partner(rows: SourceRows, row: int, u: float) -> str:
 
 def _other_labels(rows: SourceRows, own: Sequence[str | None], u_BK: np.ndarray) -> list[list[str]]:
     labels = sorted(str(label) for label in rows.rows_by_label)
-    others = {label: [other for other in labels if other != label] for label in labels}
-    return [[_pick(others[str(label)], u) for u in us] for label, us in zip(own, u_BK, strict=True)]
+    place = {label: number for number, label in enumerate(labels)}
+
+    def other(label: str, u: float) -> str:
+        drawn = int(u * (len(labels) - 1))
+        return labels[drawn + (drawn >= place[label])]
+
+    return [[other(str(label), u) for u in us] for label, us in zip(own, u_BK, strict=True)]
 
 
 def _same(

@@ -76,7 +76,12 @@ def train_stage(
     )
     facts = save_model(out, Model(model.decoder, model.tokenizer, facts))
     drop_checkpoints(out / "checkpoints")
-    return {"parameters": model_size(model.decoder), "identity": facts.identity, "last": log}
+    return {
+        "parameters": model_size(model.decoder),
+        "threads": torch.get_num_threads(),  # another number may give other last bits
+        "identity": facts.identity,
+        "last": log,
+    }
 
 
 def _random_model(config: TrainStage, tokenizer_folder: Path | None, seed: int) -> Model:
@@ -144,12 +149,15 @@ def weight_of(config: TrainStage, term: str) -> float:
 def taught_dimensions(config: TrainStage, model: Model, teacher: Model) -> Tensor:
     """Which of the teacher's dimensions the student's are to equal: int64 [D], D the student's width."""
     width, teacher_width = model.decoder.config.hidden_size, teacher.decoder.config.hidden_size
-    kept = (model.facts.kept or {}).get("hidden", [])
-    if config.distillation_target == "kept" and len(kept) != width:
-        raise UsageError(
-            "distillation_target is 'kept', but the student was not made by pruning; take 'prefix'."
-        )
-    dimensions = kept if config.distillation_target == "kept" else range(width)
+    dimensions = list(range(width))
+    if config.distillation_target == "kept":
+        kept = model.facts.kept
+        if kept is None or kept["of"] not in (teacher.facts.identity, teacher.facts.parent):
+            raise UsageError(
+                "distillation_target is 'kept', but the student was not cut from the teacher or from the model that "
+                "the teacher was trained from, so their dimensions do not correspond; take 'prefix'."
+            )
+        dimensions = kept["hidden"]
     if max(dimensions) >= teacher_width:
         raise UsageError(
             f"the teacher is {teacher_width} wide, but its student of {width} is to learn its dimension "
