@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from f2llm.errors import F2Error, UsageError
 
 # Lance warns of every new table that it does not exist yet; its log is set up when it is imported.
-os.environ.setdefault("LANCE_LOG", "error")
+os.environ.setdefault("LANCEDB_LOG", "error")
 try:
     import lancedb
 except ImportError:
