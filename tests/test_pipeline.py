@@ -90,7 +90,7 @@ def test_manifest_tells_how_the_folder_came_about(factory: Factory) -> None:
     assert manifest["inputs"] == {"names": names["content"], "words": factory.manifest("words")["content"]}
     assert (manifest["stage"], manifest["name"], manifest["seed"]) == ("train", "base", 3)
     assert (manifest["config"]["steps"], manifest["facts"]) == (5, {"size": 5})
-    assert set(manifest["versions"]) == {"f2llm", "python", "torch", "numpy", "tokenizers"}
+    assert set(manifest["versions"]) == {"f2llm", "python", "torch", "numpy", "tokenizers", "babel"}
     assert 0 <= manifest["seconds"] < 10 and 0.01 < manifest["peak_memory_gb"] < 100
     assert not (factory.folder / "run/base/started.json").exists()
     assert (factory.folder / "run/recipe.yaml").read_text() == factory.text

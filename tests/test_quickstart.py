@@ -17,7 +17,19 @@ from f2llm.files import read_json
 from f2llm.recipe import EvaluateStage, load
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
-RUN = [sys.executable, "-c", "from f2llm.cli import main; main()", "run", str(RECIPE)]
+# Nothing that a run does may need a network: every connection is refused.
+OFFLINE = """
+import socket
+
+def refuse(*_):
+    raise OSError("a run tried to open a connection")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from f2llm.cli import main
+
+main()
+"""
+RUN = [sys.executable, "-c", OFFLINE, "run", str(RECIPE)]
 
 
 def finish(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -61,10 +73,10 @@ def test_the_report_has_what_it_promises(finished: tuple[Path, subprocess.Comple
 def test_even_half_a_minute_of_training_learns_names(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    """In scripts that share no letters with English: chance is one in 1,600, n-grams find 2 in 100 at best."""
+    """In scripts that share no letters with English, where n-grams find 2 in 100 and chance one in 1,600."""
     scripts = read_json(finished[0] / "runs" / "tiny" / "report.json")["scripts"]
     others = [row for script, row in scripts.items() if script != "Latn"]
-    assert len(others) >= 5
+    assert len(others) >= 3
     ours = sum(row["accuracy_at_1"] for row in others) / len(others)
     assert ours > 0.05 + sum(row["tfidf"] for row in others) / len(others)
 

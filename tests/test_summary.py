@@ -11,6 +11,7 @@ from f2llm.recipe import Recipe
 from f2llm.summary import summarise
 
 REPORT: dict[str, Any] = {
+    "names": 12345,
     "languages": 17,
     "languages_scored": 16,
     "models": [
@@ -88,6 +89,7 @@ def test_summary_is_a_plain_table_and_searches(
     summarise(recipe(), tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
+        ["12,345", "names", "in", "17", "languages"],
         ["accuracy@1", "on", "held-out", "names,", "mean", "over", "16", "languages"],
         ["model", "parameters", "tokens/s", "full", "64", "dims", "16", "dims"],
         ["large", "1,234,567", "9,876", "0.750", "0.613", "0.500"],

@@ -11,6 +11,12 @@ from rich.text import Text
 _console = Console(stderr=True)
 
 
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        of = "" if task.total is None else f"/{task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}{of}")
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s")
@@ -27,12 +33,15 @@ class Bar:
 
 
 @contextmanager
-def progress(*, total: float, what: str, unit: str) -> Iterator[Bar]:
-    """`with progress(total=500, what="train base", unit="step") as bar: bar.advance(1, note="loss 3.21")`."""
+def progress(*, total: float | None, what: str, unit: str) -> Iterator[Bar]:
+    """`with progress(total=500, what="train base", unit="step") as bar: bar.advance(1, note="loss 3.21")`.
+
+    `total` is None where nobody knows it, as for a stream.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        _Count(),
         _Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),

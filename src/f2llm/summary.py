@@ -21,7 +21,9 @@ def summarise(recipe: Recipe, run: Path) -> None:
     if any(isinstance(config, EvaluateStage) for config in recipe.stages.values()):
         from f2llm.evaluate.report import write_report
 
-        console.print(scores_table(write_report(run), plain=not console.is_terminal))
+        report = write_report(run)
+        console.print(f"{report['names']:,} names in {report['languages']} languages")
+        console.print(scores_table(report, plain=not console.is_terminal))
         console.print(f"Report: {run / 'report.html'}", markup=False, soft_wrap=True)
     for name, config in recipe.stages.items():
         if isinstance(config, IndexStage):

@@ -132,8 +132,8 @@ def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
     assert taught_dimensions(prefix, student, teacher).tolist() == list(range(8))
     assert taught_dimensions(prefix, small, teacher).tolist() == list(range(8))
     of_kept = settings(teacher="teacher", distillation_target="kept")
-    for same in ({"identity": "uncut"}, {"parent": "uncut"}):
-        relative = replace(teacher, facts=replace(teacher.facts, **same))
+    for facts in (replace(teacher.facts, identity="uncut"), replace(teacher.facts, parent="uncut")):
+        relative = replace(teacher, facts=facts)
         assert taught_dimensions(of_kept, student, relative).tolist() == kept
     strangers = [(small, teacher), (student, replace(teacher, facts=replace(teacher.facts, identity="x")))]
     for pupil, other in strangers:

@@ -18,6 +18,7 @@ from f2llm.data.rows import read_rows
 from f2llm.errors import UsageError
 from f2llm.model.decoder import Decoder, DecoderConfig
 from f2llm.model.folder import Model, ModelFacts, load_model, model_size, save_model
+from f2llm.progress import progress
 from f2llm.recipe import PruneStage
 from f2llm.rng import generator
 from f2llm.train.objective import matryoshka_sizes
@@ -86,8 +87,11 @@ def importance(model: Model, texts: list[str]) -> tuple[Tensor, list[Tensor]]:
         elif name.endswith("down_proj"):
             watch(module, name, inputs=True)
     try:
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            embed(model, texts[start : start + TEXTS_AT_ONCE], model.facts.max_length)
+        with progress(total=len(texts), what="measure activations", unit="text") as bar:
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                part = texts[start : start + TEXTS_AT_ONCE]
+                embed(model, part, model.facts.max_length)
+                bar.advance(len(part))
     finally:
         for handle in handles:
             handle.remove()

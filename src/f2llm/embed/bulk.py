@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from f2llm.errors import UsageError
 from f2llm.files import atomic_write
+from f2llm.progress import progress
 
 CHUNK = 4096  # vectors written at a time
 
@@ -35,8 +36,10 @@ def embed_file(vectors: Iterable[np.ndarray], output: Path, *, identity: str) ->
 
 def _chunks(vectors: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     remaining = iter(vectors)
-    while part := list(islice(remaining, CHUNK)):
-        yield np.stack(part)
+    with progress(total=None, what="embed", unit="text") as bar:
+        while part := list(islice(remaining, CHUNK)):
+            yield np.stack(part)
+            bar.advance(len(part))
 
 
 def _write_npy(chunks_ND: Iterable[np.ndarray], width: int, output: Path, identity: str) -> int:
