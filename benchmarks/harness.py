@@ -62,6 +62,15 @@ def skipped(row: Row, reason: str) -> Figure:
     return Figure(row.name, None, None, None, row.bar, row.better, None, f"skipped: {reason}")
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one part of a benchmark contributes to its result."""
+
+    figures: list[Figure]
+    inputs: dict[str, Any]
+    workers: dict[str, dict[str, Any]]
+
+
 def relative_difference(ours: float, peer: float) -> float:
     return abs(ours - peer) / abs(peer)
 

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from f2llm.data.names import RETRIEVAL, collect, retrieval_rows
 from f2llm.errors import F2Error
 from f2llm.family import FAMILY
 from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, model_size, save_model
+from f2llm.model.prompts import query_prefix
 from f2llm.model.tokenizer import append_eos, encode, load_tokenizer, train_bpe
 from f2llm.rng import generator
 from f2llm.train.objective import matryoshka_sizes
@@ -48,20 +50,22 @@ class Size:
     real: bool  # real texts and the real tokenizer, where they are at hand
 
 
-_80M = FAMILY["80M"]
-FULL = Size(
-    "80M",
-    DecoderConfig(
-        vocab_size=_80M.vocab_size,
-        hidden_size=_80M.hidden_size,
-        intermediate_size=_80M.intermediate_size,
-        num_hidden_layers=_80M.layers,
-        num_attention_heads=_80M.heads,
-        num_key_value_heads=_80M.kv_heads,
-        head_dim=_80M.head_dim,
-    ),
-    real=True,
-)
+def family_size(name: str) -> Size:
+    """A member of the family, on real texts."""
+    member = FAMILY[name]
+    decoder = DecoderConfig(
+        vocab_size=member.vocab_size,
+        hidden_size=member.hidden_size,
+        intermediate_size=member.intermediate_size,
+        num_hidden_layers=member.layers,
+        num_attention_heads=member.heads,
+        num_key_value_heads=member.kv_heads,
+        head_dim=member.head_dim,
+    )
+    return Size(name, decoder, real=True)
+
+
+FULL = family_size("80M")
 SMALL = Size("small", DecoderConfig(1024, 32, 64, 2, 4, 2, 16), real=False)
 
 
@@ -102,6 +106,19 @@ def synthetic_texts(count: int) -> list[str]:
     return list(texts)
 
 
+def draw_names(count: int) -> tuple[list[str], str]:
+    """`count` names of things as queries, with their instruction, then as many in other languages as their positives.
+
+    They come from Unicode CLDR, which is always at hand.
+    """
+    table = retrieval_rows(collect(min_names=100), positives=1, seed=SEED)
+    drawn = table.take(generator(SEED, "names").permutation(len(table))[:count])
+    prefix = query_prefix(RETRIEVAL.instruction)
+    queries = [prefix + name for name in drawn["query"].to_pylist()]
+    positives = [names[0] for names in drawn["positives"].to_pylist()]
+    return [*queries, *positives], "names from Unicode CLDR, half of them behind an instruction"
+
+
 def make_model(folder: Path, size: Size, texts: Sequence[str], max_length: int) -> Model:
     """Write a model folder with random weights of this size, and return the model.
 
@@ -112,7 +129,7 @@ def make_model(folder: Path, size: Size, texts: Sequence[str], max_length: int) 
         tokenizer = load_tokenizer(path)
         append_eos(tokenizer, QWEN3_EOS)
     else:
-        tokenizer = train_bpe(texts, min(1024, size.decoder.vocab_size))
+        tokenizer = train_bpe(texts, size.decoder.vocab_size)
     decoder = Decoder(size.decoder)
     initialise(decoder, torch.Generator().manual_seed(SEED))
     facts = ModelFacts(

@@ -359,8 +359,7 @@ def test_folder_in_use_is_refused(child: Child) -> None:
     assert (second.returncode, output) == (1, "")
     run = child.out.parent
     assert errors == (
-        f"{run} is in use by another run (process {first.pid}); "
-        "wait until it ends or give the recipe another output.\n"
+        f"{run} is in use by another run (process {first.pid}); wait until it ends or give another output.\n"
     )
     first.kill()
     first.communicate()
@@ -377,4 +376,6 @@ def test_hash_of_the_recipe_reaches_the_stages(factory: Factory, monkeypatch: py
     monkeypatch.setitem(pipeline.STAGES, "train", look)
     factory.run()
     recipe: Recipe = load(factory.folder / "recipe.yaml")
-    assert seen == [Context(seed=3, recipe_hash=recipe_hash(recipe))]
+    (context,) = seen
+    assert context == Context(3, recipe_hash(recipe), context.hashes, force=False, ranks=None)
+    assert context.hashes == factory.manifest("base")["inputs"] != {}

@@ -10,7 +10,8 @@ from f2llm.errors import UsageError
 from f2llm.recipe import Recipe, TrainStage, inputs, load, recipe_hash
 from f2llm.yaml_lines import read_yaml
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("**/*.yaml"))
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(RECIPE_FOLDER.glob("**/*.yaml"))
 
 GOOD = """\
 name: small
@@ -67,7 +68,7 @@ def test_shipped_recipes_exist() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     assert load(path).stages
-    assert f"f2llm run recipes/{path.name}" in path.read_text(encoding="utf-8")
+    assert f"f2llm run recipes/{path.relative_to(RECIPE_FOLDER)}" in path.read_text(encoding="utf-8")
 
 
 def test_values_arrive(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ WRONG = [
     ("min_names: 50", "zzz: 50", "zzz", "unknown key 'zzz' in stage 'names' (names): the valid keys are 'stage', 'min_names',"),
     ("      heads: 4", "      head: 4", "head: 4", "unknown key 'head' in 'shape' of stage 'base' (train): the nearest valid key is 'heads'."),
     ("seed: 7", "sed: 7", "sed: 7", "unknown key 'sed' in the recipe: the nearest valid key is 'seed'."),
-    ("    batch_size: 8\n", "", "  base:", "stage 'base' (train) lacks the key 'batch_size' (queries in a step); add it."),
+    ("    batch_size: 8\n", "", "  base:", "stage 'base' (train) lacks the key 'batch_size' (queries in a step, over all ranks); add it."),
     ("name: small\n", "", "seed: 7", "the recipe lacks the key 'name' (what to call the run); add it."),
     ("    stage: names\n", "", "  names:", "stage 'names' lacks the key 'stage', one of names, files, tokenizer, train, prune,"),
     ("seed: 7", "seed: 7\nseed: 8", "seed: 8", "the key 'seed' stands here and on line 2; remove one of them."),
@@ -95,7 +96,13 @@ WRONG = [
     ("steps: 10", "steps: many", "steps:", "'steps' of stage 'base' (train) is 'many', but it should be a valid integer."),
     ("steps: 10", 'steps: "10"', "steps:", "'steps' of stage 'base' (train) is '10', but it should be a valid integer."),
     ("steps: 10", "steps: true", "steps:", "'steps' of stage 'base' (train) is True, but it should be a valid integer."),
-    ("steps: 10", "steps:", "steps:", "'steps' of stage 'base' (train) is empty, but it should be a valid integer."),
+    ("batch_size: 8", "batch_size:", "batch_size:", "'batch_size' of stage 'base' (train) is empty, but it should be a valid integer."),
+    ("    steps: 10\n", "", "  base:", "exactly one of 'steps' and 'epochs' must be given in stage 'base' (train)."),
+    ("steps: 10", "steps: 10\n    epochs: 2.0", "  base:", "exactly one of 'steps' and 'epochs' must be given in stage 'base' (train)."),
+    ("steps: 10", "steps: 10\n    both_directions: true", "both_directions", "'both_directions' has no effect without the joint 'objective' in stage 'base' (train)."),
+    ("steps: 10", "steps: 10\n    cap_by: language", "cap_by", "'cap_by' has no effect without a 'cap' in stage 'base' (train)."),
+    ("steps: 10", "steps: 10\n    objective: joint\n    gather_gradient: false", "gather_gradient", "'gather_gradient: false' exists for the f2llm-v2 'objective' only in stage 'base' (train)."),
+    ("steps: 10", "steps: 10\n    lora: {rank: 4}", "lora", "'lora' adapts a trained model: give a 'base' instead of a 'shape' in stage 'base' (train)."),
     ("steps: 10", "steps: 0", "steps:", "'steps' of stage 'base' (train) is 0, but it should be greater than or equal to 1."),
     ("[retrieval]", "\n    - retrieval\n    - retrival", "- retrival", "item 2 of 'formats' of stage 'base' (train) is 'retrival', but it should be 'retrieval', 'c"),
     ("[retrieval]", "retrieval", "formats:", "'formats' of stage 'base' (train) is 'retrieval', but it should be a valid list."),

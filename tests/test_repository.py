@@ -28,10 +28,11 @@ HEIGHTS = (
     {"data"},
     {"model"},
     {"train", "embed"},
-    {"compress", "evaluate", "search"},
+    {"compress", "evaluate", "search", "plan"},
     {"summary"},
     {"pipeline", "doctor"},
     {"cli"},
+    {"__main__"},
 )
 
 # Libraries that only one place may import; an empty string means that no part of the package may.
@@ -43,6 +44,9 @@ HEAVY = {
     "ray": "",
     "sklearn": "evaluate/baselines.py",
     "lancedb": "search",
+    "huggingface_hub": "model/base.py",
+    "peft": "train/lora.py",
+    "tensorboardX": "train/watch.py",
 }
 
 # Addresses of package registries, paths of one person's machine, and references into a tracker. The bracketed

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on with interrupted training though data or settings changed.")
+]
 Dim = Annotated[
     int | None, typer.Option(help="Dimensions of the vectors; the model's full width by default.")
 ]
@@ -42,12 +45,76 @@ def _options(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, such as recipes/quickstart.yaml.")],
+    force: Force = False,
 ) -> None:
     """Run a recipe: do what is not done yet, print the scores, write the report."""
     from f2llm import pipeline
     from f2llm.recipe import load
 
-    pipeline.run(load(recipe), recipe)
+    pipeline.run(load(recipe), recipe, force)
+
+
+@app.command()
+def train(
+    rows: Annotated[
+        list[Path], typer.Argument(help="JSONL, CSV, TSV or Parquet: query and positive, or text and label.")
+    ],
+    base: Annotated[str, typer.Option(help="The model to fine-tune: a folder, or owner/name on the hub.")],
+    out: Annotated[Path, typer.Option(help="The folder of the new model.")],
+    form: Annotated[
+        Literal["retrieval", "clustering", "classification"] | None,
+        typer.Option("--format", help="How rows are trained on; told by the columns by default."),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What stands in front of queries; the base's own by default.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows, at most.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=2, help="Queries in a step.")] = 64,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's highest; chosen by the base's width by default.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a text; longer ones are cut.")] = 512,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters only.")] = False,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    force: Force = False,
+) -> None:
+    """Fine-tune a model on your own rows; prints scores before and after on a part held out."""
+    from f2llm.train.finetune import Choices, finetune
+
+    choices = Choices(form, instruction, epochs, batch_size, learning_rate, max_length, lora, seed)
+    typer.echo(finetune(rows, base, out, choices, force))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, such as recipes/family/0.6B.yaml.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, b200, a100-80gb, l40s ...")] = "h100",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of an epoch, where a stage's data is not there.")
+    ] = None,
+    tokens_per_text: Annotated[
+        int, typer.Option(min=1, help="Tokens of a text, where the data is not there.")
+    ] = 128,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPUs' peak that is reached.")
+    ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Dollars for a GPU and hour; assumed by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe costs: parameters, memory per GPU, FLOPs, tokens, hours and dollars of each stage."""
+    from f2llm.plan.stages import Machine, as_dict, plan, render
+    from f2llm.recipe import load
+
+    loaded, machine = load(recipe), Machine(gpus, gpu, utilisation, price)
+    stages = plan(loaded, machine, rows=rows, tokens_per_text=tokens_per_text)
+    print(
+        json.dumps(as_dict(loaded, machine, stages), indent=2) if as_json else render(loaded, machine, stages)
+    )
+    if problems := [stage.problem for stage in stages if stage.problem]:
+        raise F2Error(" ".join(problems))
 
 
 @app.command()

@@ -1,6 +1,11 @@
-"""The eight sizes of F2LLM-v2 as data: their shapes, and how stage 2 trained each (arXiv 2603.19223, Table 1)."""
+"""F2LLM-v2 as data: the eight sizes, how each was trained, and the two stages of training (arXiv 2603.19223, Table 1).
 
+The paper leaves open whether Table 1's learning rate and epochs hold for both stages; recipes/family/ has them in both.
+"""
+
+import re
 from dataclasses import dataclass
+from pathlib import PurePath
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,31 @@ class FamilyMember:
     vocab_size: int = 151_936
     batch_size: int = 512
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What is trained: a size that was cut from another begins with what that one learned in stage 1."""
+        return ("stage2",) if self.pruned_from else ("stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """One of the two stages of training, for every size alike (sections 3.1 and 3.3)."""
+
+    rows: int  # in an epoch
+    formats: tuple[str, ...]
+    instructions: bool
+    document_instruction_rate: float | None  # of symmetric sources; None without instructions
+    cap: (
+        int | None
+    )  # most rows of a source; whether "source" means one of its languages, the paper leaves open
+
+
+STAGES = {
+    # The samples of its seven sources in Tables 8 and 9, added up; the text says about 27 million.
+    "stage1": TrainingStage(26_693_280, ("retrieval",), False, None, None),
+    # The authors' 18 million: more than 80,000 a source would give (9,128,938), less than 80,000 a source and language.
+    "stage2": TrainingStage(18_000_000, ("retrieval", "clustering", "classification"), True, 0.3, 80_000),
+}
 
 FAMILY = {
     "80M": FamilyMember(
@@ -56,3 +86,12 @@ def parameter_count(
     mlp = 3 * hidden_size * intermediate_size  # gate, up, down
     norms = 2 * hidden_size + 2 * head_dim  # before attention and MLP; of queries and keys
     return vocab_size * hidden_size + layers * (attention + mlp + norms) + hidden_size  # the last norm
+
+
+def size_in(path: str) -> str | None:
+    """The size that a path speaks of: "0.6B" for models/Qwen3-0.6B/ and for runs/family/0.6B/stage1/."""
+    for part in reversed(PurePath(path).parts):
+        for size in FAMILY:
+            if re.search(rf"(^|[-_]){re.escape(size)}(@|$)", part):  # @: a revision on the hub
+                return size
+    return None

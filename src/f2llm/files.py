@@ -1,5 +1,6 @@
 """Reading and writing files so that nothing half-written is ever seen, whatever kills the process."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,26 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second run; the system lets go of it however this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            # A record lock, unlike flock, is not kept alive by worker processes that outlive a killed parent.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise F2Error(
+                f"{folder} is in use by another run (process {lock.read().strip() or 'unknown'}); "
+                "wait until it ends or give another output."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,31 +7,34 @@ For each stage, in the order of the recipe:
 4. Anything else in the way is an older result and is emptied.
 5. The stage writes its files; then the manifest is written, last, and makes the folder complete.
 
-Since a fingerprint holds the contents of the inputs, not their age, a change redoes just what depends on it.
+Since a fingerprint holds the contents of the inputs, not their age, a change redoes just what depends on it. A training
+run that was interrupted is not emptied for a change: its checkpoints say what it began with, and it refuses to go on
+with anything else (`force` overrides).
+
+Under torchrun rank 0 does all this. The other ranks wait for it to call them to a training stage (`_follow`).
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from f2llm import __version__
 from f2llm.errors import F2Error, UsageError, plain_errors
-from f2llm.files import read_json, sha256_file, sha256_folder, write_json, write_text
+from f2llm.files import alone_in, read_json, sha256_file, sha256_folder, write_json, write_text
 from f2llm.progress import say
 from f2llm.recipe import (
     EvaluateStage,
     FilesStage,
     IndexStage,
+    Input,
     NamesStage,
     PruneStage,
     Recipe,
@@ -45,9 +48,21 @@ from f2llm.recipe import (
 from f2llm.runtime import peak_memory
 from f2llm.summary import summarise
 
+if TYPE_CHECKING:
+    from f2llm.train.ranks import Ranks
+
 MANIFEST_SCHEMA = 1
 MANIFEST, STARTED = "manifest.json", "started.json"
-NOT_CONTENT = (MANIFEST, STARTED, "checkpoints", "log.jsonl")  # a log tells times, never the same twice
+SECONDS_BETWEEN_TRAINING = (
+    7 * 86_400.0
+)  # that ranks may wait while rank 0 does the stages that are not training
+NOT_CONTENT = (
+    MANIFEST,
+    STARTED,
+    "checkpoints",
+    "log.jsonl",
+    "tensorboard",
+)  # a log tells times, never the same twice
 LIBRARIES = ("torch", "numpy", "tokenizers", "babel")
 DATA_OF = {"names": "babel"}  # stages whose result is what a library holds: a new version is new data
 
@@ -58,6 +73,9 @@ class Context:
 
     seed: int
     recipe_hash: str
+    hashes: dict[str, str]  # of the contents of its inputs, by name
+    force: bool
+    ranks: "Ranks | None"  # those of a run under torchrun
 
 
 # --- The stages: each adapter imports its stage when it is run, so that a finished torch stage costs no import.
@@ -85,18 +103,26 @@ def _tokenizer(config: TokenizerStage, given: Inputs, out: Path, context: Contex
 
 
 def _train(config: TrainStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.train.trainer import train_stage
+    from f2llm.train.ranks import collect, join
+    from f2llm.train.stage import train_stage
 
-    return train_stage(
-        config,
-        data=given[config.data],
-        base=given[config.base] if config.base else None,
-        tokenizer=given[config.tokenizer] if config.tokenizer else None,
-        teacher=given[config.teacher] if config.teacher else None,
-        out=out,
-        seed=context.seed,
-        recipe_hash=context.recipe_hash,
-    )
+    arguments: dict[str, Any] = {
+        "config": config,
+        "data": given[config.data],
+        "base": given[config.base] if config.base else None,
+        "tokenizer": given[config.tokenizer] if config.tokenizer else None,
+        "teacher": given[config.teacher] if config.teacher else None,
+        "out": out,
+        "seed": context.seed,
+        "recipe_hash": context.recipe_hash,
+        "inputs": context.hashes,
+        "force": context.force,
+    }
+    if context.ranks:
+        collect(arguments, context.ranks)
+        return train_stage(**arguments, ranks=context.ranks)
+    with join() as ranks:
+        return train_stage(**arguments, ranks=ranks)
 
 
 def _prune(config: PruneStage, given: Inputs, out: Path, context: Context) -> Facts:
@@ -140,26 +166,59 @@ STAGES: dict[str, StageFunction] = {
 # --- The run
 
 
-def run(recipe: Recipe, recipe_path: Path) -> Path:
+def run(recipe: Recipe, recipe_path: Path, force: bool = False) -> Path:
     """Do what of the recipe is not done yet, then report. Returns the run's folder.
 
     Beside the stages' folders it holds `recipe.yaml`, a copy of the file at `recipe_path`. Raises `F2Error` of one
     sentence for whatever stops it; the stages finished until then are kept, and the next run goes on from there.
+    Under torchrun every rank calls it.
+
+    Args:
+        force: go on with an interrupted training stage although its data or settings changed.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from f2llm.train.ranks import join
+
+        with join(SECONDS_BETWEEN_TRAINING) as ranks:
+            if ranks.is_main:
+                _run(recipe, recipe_path, force, ranks)
+            _follow(ranks)
+    else:
+        _run(recipe, recipe_path, force, None)
+    return recipe.output
+
+
+def _follow(ranks: "Ranks") -> None:
+    """Take part in the training stages that rank 0 calls to, until it has no more."""
+    from f2llm.train.ranks import collect
+    from f2llm.train.stage import train_stage
+
+    none: dict[str, Any] | None = None
+    while arguments := collect(none, ranks)[0]:
+        train_stage(**arguments, ranks=ranks)
+
+
+def _run(recipe: Recipe, recipe_path: Path, force: bool, ranks: "Ranks | None") -> None:
     folder = recipe.output
-    context = Context(recipe.seed, recipe_hash(recipe))
     _check_paths(recipe)
-    with plain_errors("the run", folder), _alone_in(folder):
+    with plain_errors("the run", folder), alone_in(folder):
         write_text(folder / "recipe.yaml", recipe_path.read_text(encoding="utf-8"))
         contents: dict[str, str] = {}
         for name, config in recipe.stages.items():
             given, hashes = {}, {}
             for item in inputs(config):
                 given[item.name] = Path(item.name) if item.is_path else folder / item.name
-                hashes[item.name] = content_hash(given[item.name]) if item.is_path else contents[item.name]
-            contents[name] = _finish(name, config, given, hashes, folder / name, context)
+                hashes[item.name] = _hash_of(item, contents)
+            context = Context(recipe.seed, recipe_hash(recipe), hashes, force, ranks)
+            contents[name] = _finish(name, config, given, folder / name, context)
         summarise(recipe, folder)
-    return folder
+
+
+def _hash_of(item: Input, contents: dict[str, str]) -> str:
+    """What the fingerprint says of an input: the hash of its content, or the name of what only the hub has."""
+    if item.is_on_hub:
+        return item.name
+    return content_hash(Path(item.name)) if item.is_path else contents[item.name]
 
 
 def content_hash(path: Path) -> str:
@@ -167,16 +226,14 @@ def content_hash(path: Path) -> str:
     return sha256_folder(path, skip=NOT_CONTENT) if path.is_dir() else sha256_file(path)
 
 
-def _finish(
-    name: str, config: Stage, given: Inputs, hashes: dict[str, str], out: Path, context: Context
-) -> str:
+def _finish(name: str, config: Stage, given: Inputs, out: Path, context: Context) -> str:
     """Make sure that stage `name` is complete in `out`; the hash of its contents."""
     identity = {
         "schema": MANIFEST_SCHEMA,
         "stage": config.stage,
         "config": config.model_dump(mode="json"),
         "seed": context.seed,
-        "inputs": hashes,
+        "inputs": context.hashes,
     }
     versions = _versions()
     decides = {library: versions[library] for library in ("f2llm", DATA_OF.get(config.stage, "f2llm"))}
@@ -228,7 +285,8 @@ def _open_folder(name: str, out: Path, fingerprint: str) -> float:
     shutil.rmtree(discarded, ignore_errors=True)  # of a run killed while it emptied the folder
     manifest, started = _read_if_there(out / MANIFEST), _read_if_there(out / STARTED) or {}
     spent = 0.0
-    if started.get("fingerprint") == fingerprint and manifest is None:
+    interrupted = "fingerprint" in started and manifest is None
+    if interrupted and (started["fingerprint"] == fingerprint or any(out.glob("checkpoints/step-*"))):
         spent = started["seconds_spent"] + _seconds_of_work(out)
         for leftover in out.rglob(".*.tmp"):  # of files being written when it was killed
             leftover.unlink()
@@ -268,31 +326,11 @@ def _check_paths(recipe: Recipe) -> None:
     """What stages read from outside the run must be there before the first of them starts."""
     for name, config in recipe.stages.items():
         for item in inputs(config):
-            if item.is_path and not Path(item.name).exists():
+            if item.is_path and not item.is_on_hub and not Path(item.name).exists():
                 raise UsageError(
                     f"stage {name!r} ({config.stage}) reads {item.name}, which does not exist; "
                     f"check the path, which is relative to {Path.cwd()}."
                 )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second run; the system lets go of it however this process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            # A record lock, unlike flock, is not kept alive by worker processes that outlive a killed parent.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise F2Error(
-                f"{folder} is in use by another run (process {lock.read().strip() or 'unknown'}); "
-                "wait until it ends or give the recipe another output."
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def _versions() -> dict[str, str]:

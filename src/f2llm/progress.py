@@ -1,10 +1,14 @@
-"""Progress on everything that takes longer than two seconds: a bar on a terminal, silence elsewhere."""
+"""Progress on everything that takes longer than two seconds: a bar on a terminal, silence elsewhere.
 
+Of several ranks only the first speaks: the others would say the same.
+"""
+
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -20,6 +24,16 @@ class _Count(ProgressColumn):
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s")
+
+
+class _Bars(Progress):
+    """Bars with a note below each, where it takes no room from the count and the time left."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
 
 
 class Bar:
@@ -44,12 +58,18 @@ def progress(*, total: float | None, what: str, unit: str) -> Iterator[Bar]:
         _Count(),
         _Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_console, transient=True, disable=not sys.stderr.isatty()) as bars:
+    silent = _is_follower() or not sys.stderr.isatty()
+    with _Bars(*columns, console=_console, transient=True, disable=silent) as bars:
         yield Bar(bars, bars.add_task(what, total=total, unit=unit, note=""))
 
 
 def say(message: str) -> None:
     """One line of status on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    if not _is_follower():
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_follower() -> bool:
+    """Whether torchrun started this process as another than the first."""
+    return os.environ.get("RANK", "0") != "0"

@@ -7,6 +7,7 @@ and the wiring in pipeline.py both read those marks (`inputs`).
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -21,19 +22,25 @@ Format = Literal["retrieval", "clustering", "classification"]
 FORMATS: list[Format] = ["retrieval", "clustering", "classification"]
 
 
+# `owner/name` or `owner/name@revision` of the Hugging Face hub.
+HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+
 class Takes(NamedTuple):
-    """Marks a field that names what a stage reads: earlier stages of these kinds, or files and folders."""
+    """Marks a field that names what a stage reads: earlier stages of these kinds, files and folders, hub models."""
 
     kinds: tuple[str, ...] = ()
     or_path: bool = False
+    or_hub: bool = False
 
 
 DATA = Takes(("names", "files"))
+DATA_OR_FOLDER = Takes(("names", "files"), or_path=True)
 NAMES = Takes(("names",))
 TOKENIZER = Takes(("tokenizer",))
-TRAINED = Takes(("train",))
+TRAINED_OR_MODEL = Takes(("train",), or_path=True, or_hub=True)
 MODEL = Takes(("train", "prune"))
-MODEL_OR_FOLDER = Takes(("train", "prune"), or_path=True)
+STAGE_OR_MODEL = Takes(("train", "prune"), or_path=True, or_hub=True)
 FILES = Takes(or_path=True)
 
 
@@ -48,6 +55,11 @@ class Input(NamedTuple):
     def is_path(self) -> bool:
         """Where both are allowed, a path is known by its slash, which no stage's name has."""
         return self.takes.or_path and (not self.takes.kinds or "/" in self.name)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """What looks like a hub model's name is one where there is no such folder."""
+        return self.takes.or_hub and bool(HUB_NAME.fullmatch(self.name)) and not Path(self.name).exists()
 
 
 class Strict(BaseModel):
@@ -137,20 +149,46 @@ class HardNegatives(Strict):
     classification: int = Field(1, ge=0, description="for two-way classification rows")
 
 
+class Lora(Strict):
+    """Low-rank adapters on all linear layers in place of their weights; merged into them when the run is done."""
+
+    rank: int = Field(16, ge=1, description="inner width of each adapter")
+    alpha: float = Field(32.0, gt=0, description="adapters count alpha / rank times")
+
+
+class Validation(Strict):
+    """Rows kept out of training, on which the loss and a retrieval score are taken as the run goes on."""
+
+    rows: int = Field(256, ge=2, description="rows held out of each source, at most a tenth of it")
+    every: int = Field(
+        100, ge=1, description="steps between two validations; step 0 and the last have one too"
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after this many validations without a better score, and keep the best weights",
+    )
+
+
 class TrainStage(Strict):
     """Contrastive training of a new decoder (`shape` and `tokenizer`) or of an earlier one (`base`)."""
 
     stage: Literal["train"]
-    data: Annotated[str, DATA] = Field(description="the names or files stage with the rows")
-    base: Annotated[str | None, MODEL_OR_FOLDER] = Field(
+    data: Annotated[str, DATA_OR_FOLDER] = Field(
+        description="the names or files stage with the rows, or the path (with a slash) of a folder of rows"
+    )
+    base: Annotated[str | None, STAGE_OR_MODEL] = Field(
         None,
-        description="the train or prune stage to go on from, or the path (with a slash) of a model folder",
+        description="the train or prune stage to go on from, the path (with a slash) of a model folder, or a model "
+        "of the hub, as owner/name or owner/name@revision",
     )
     shape: Shape | None = Field(None, description="the shape of a new decoder, with random weights")
     tokenizer: Annotated[str | None, TOKENIZER] = Field(
         None, description="the tokenizer stage of a new decoder"
     )
-    teacher: Annotated[str | None, TRAINED] = Field(None, description="the train stage to distil from")
+    teacher: Annotated[str | None, TRAINED_OR_MODEL] = Field(
+        None, description="the train stage to distil from, or a model folder or hub model as in 'base'"
+    )
     distillation_weight: float = Field(
         1.0, gt=0, description="weight of the distance to the teacher's embeddings"
     )
@@ -159,30 +197,85 @@ class TrainStage(Strict):
         description="which of a wider teacher's dimensions to learn: the first ones, as in the paper, "
         "or those that pruning kept, where the student was cut from a model the teacher was trained from",
     )
+
+    # What is drawn.
     formats: list[Format] = Field(FORMATS, min_length=1, description="which formats' rows to train on")
     source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="how often each source is drawn, relative to its number of rows (1)"
+    )
+    cap: int | None = Field(None, ge=1, description="most rows of a source (or of its languages) in an epoch")
+    cap_by: Literal["source", "language"] = Field(
+        "source", description="whether the cap is for a source or for each language of a source"
+    )
+    language_temperature: float = Field(
+        1.0,
+        ge=1,
+        description="languages of a source are drawn by their rows to the power of 1 / this: 1 as they are, "
+        "more evens them out",
     )
     instructions: bool = Field(description="whether queries carry their source's instruction")
     document_instruction_rate: float = Field(
         0.3, ge=0, le=1, description="share of documents of symmetric sources that carry the instruction too"
     )
-    steps: int = Field(ge=1, description="optimizer steps")
-    batch_size: int = Field(ge=2, description="queries in a step")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows, in place of steps")
+    batch_size: int = Field(ge=2, description="queries in a step, over all ranks")
     max_length: int = Field(512, ge=2, description="tokens of a text, EOS included; longer ones are cut")
     hard_negatives: HardNegatives = Field(
         HardNegatives(), description="hard negatives for each query, by format"
     )
+
+    # The objective.
+    objective: Literal["f2llm-v2", "joint"] = Field(
+        "f2llm-v2",
+        description="two softmaxes (in-batch and hard) as in the paper, or one over all documents of the batch",
+    )
+    both_directions: bool = Field(
+        False, description="with the joint objective, find the query of a positive as well"
+    )
+    gather_gradient: bool = Field(
+        True, description="whether in-batch positives get a gradient; false is what the reference code does"
+    )
     matryoshka: bool = Field(True, description="train the prefixes of 8, 16, 32 ... dimensions as well")
     temperature: float = Field(0.05, gt=0, description="what cosine similarities are divided by")
+    learn_temperature: bool = Field(False, description="whether the temperature is trained too")
+
+    # The step.
     learning_rate: float = Field(gt=0, description="AdamW's highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the learning rate falls"
     )
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    floor: float = Field(0.0, ge=0, lt=1, description="share of the learning rate below which it never falls")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     clip_norm: float = Field(1.0, gt=0, description="gradients longer than this are scaled down to it")
+    embedding_rows: Literal["dense", "exact", "lazy"] = Field(
+        "dense",
+        description="how AdamW moves rows of the embedding table that a step does not touch: always, "
+        "later but to the same value, or not at all",
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights with this decay, and save that"
+    )
+    lora: Lora | None = Field(None, description="train low-rank adapters only")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="of the computation: auto is bf16 on a GPU and fp32 on a CPU; weights stay in fp32",
+    )
+    tokens_per_microbatch: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens computed at once on a rank; what memory allows, found by trying, if left out",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
+
+    # Keeping and watching.
     checkpoint_every: int = Field(100, ge=1, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints that are kept during a run")
+    validation: Validation | None = Field(None, description="rows held out, and when to score them")
+    tensorboard: bool = Field(False, description="write TensorBoard events beside log.jsonl")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -190,16 +283,28 @@ class TrainStage(Strict):
             raise problem("exactly one of 'base' (go on from a model) and 'shape' (a new one) must be given")
         if (self.shape is None) != (self.tokenizer is None):
             raise problem("'tokenizer' goes with 'shape': a new decoder needs one, a 'base' brings its own")
-        if self.teacher is None and "distillation_weight" in self.model_fields_set:
-            raise problem("'distillation_weight' has no effect without a 'teacher'", "distillation_weight")
-        if self.teacher is None and "distillation_target" in self.model_fields_set:
-            raise problem("'distillation_target' has no effect without a 'teacher'", "distillation_target")
-        if not self.instructions and "document_instruction_rate" in self.model_fields_set:
+        if (self.steps is None) == (self.epochs is None):
+            raise problem("exactly one of 'steps' and 'epochs' must be given")
+        for field, needs, there in (
+            ("distillation_weight", "a 'teacher'", self.teacher is not None),
+            ("distillation_target", "a 'teacher'", self.teacher is not None),
+            ("document_instruction_rate", "'instructions'", self.instructions),
+            ("cap_by", "a 'cap'", self.cap is not None),
+            ("both_directions", "the joint 'objective'", self.objective == "joint"),
+        ):
+            if field in self.model_fields_set and not there:
+                raise problem(f"{field!r} has no effect without {needs}", field)
+        if self.objective == "joint" and not self.gather_gradient:
             raise problem(
-                "'document_instruction_rate' has no effect without 'instructions'",
-                "document_instruction_rate",
+                "'gather_gradient: false' exists for the f2llm-v2 'objective' only", "gather_gradient"
             )
-        if self.warmup_steps > self.steps:
+        if self.lora and self.shape:
+            raise problem("'lora' adapts a trained model: give a 'base' instead of a 'shape'", "lora")
+        if self.lora and self.embedding_rows != "dense":
+            raise problem(
+                "'embedding_rows' has no effect with 'lora', which keeps the table", "embedding_rows"
+            )
+        if self.steps and self.warmup_steps > self.steps:
             raise problem(
                 f"'warmup_steps' ({self.warmup_steps}) exceeds 'steps' ({self.steps})", "warmup_steps"
             )
@@ -210,9 +315,11 @@ class PruneStage(Strict):
     """A smaller copy of a model: the widths' weakest units by activation norm and the last layers are cut."""
 
     stage: Literal["prune"]
-    model: Annotated[str, MODEL] = Field(description="the train or prune stage whose model to cut")
-    data: Annotated[str, DATA] = Field(
-        description="the names or files stage with texts to measure activations on"
+    model: Annotated[str, STAGE_OR_MODEL] = Field(
+        description="the train or prune stage whose model to cut, or a model folder or hub model as in 'base'"
+    )
+    data: Annotated[str, DATA_OR_FOLDER] = Field(
+        description="the names or files stage with texts to measure activations on, or a folder of rows"
     )
     hidden_size: int = Field(ge=8, description="hidden width to keep")
     intermediate_size: int = Field(ge=1, description="MLP width to keep")

@@ -1,7 +1,6 @@
 """Pruning: what is always zero can go without a trace, and what is kept is what mattered most."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from torch import Tensor
 from f2llm.compress.prune import cut, importance, prune_stage, strongest
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import UsageError
+from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder
 from f2llm.model.folder import Model, load_model, save_model
 from f2llm.model.tokenizer import encode
 from f2llm.recipe import PruneStage
-from f2llm.train.trainer import embed
+from f2llm.train.terms import token_ids
 
 MakeModel = Callable[..., Model]
 TEXTS = ["lion", "Ujerumani", "éléphant éléphant", "सफ़ेद कुत्ता", "", "德国 印度"]
@@ -24,7 +24,7 @@ TEXTS = ["lion", "Ujerumani", "éléphant éléphant", "सफ़ेद कु�
 
 def vectors(decoder: Decoder, model: Model) -> Tensor:
     with torch.no_grad():
-        return embed(replace(model, decoder=decoder), TEXTS, 96)[0]
+        return forward(decoder, token_ids(model, TEXTS, 96))
 
 
 def silence_hidden_units(decoder: Decoder, units: Tensor) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from f2llm import Embedder as PublicEmbedder
 from f2llm.embed import embedder as module
-from f2llm.embed.embedder import Embedder, token_batches, truncate
+from f2llm.embed.embedder import Embedder, truncate
 from f2llm.errors import F2Error, UsageError
+from f2llm.model.batches import token_batches
 from f2llm.model.folder import Model, save_model
 
 TEXTS = [

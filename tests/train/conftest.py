@@ -9,6 +9,7 @@ import pytest
 from f2llm.data.rows import read_rows
 from f2llm.recipe import HardNegatives, TrainStage
 from f2llm.train.sampler import Sampler, load_sources
+from f2llm.train.stage import make_sampler
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +41,6 @@ def batches(rows_folder: Path) -> Callable[[TrainStage], Sampler]:
 
     def make(config: TrainStage) -> Sampler:
         table, sources = read_rows(rows_folder)
-        return Sampler(
-            load_sources(table, sources, config.formats),
-            seed=5,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            hard_negatives=config.hard_negatives.model_dump(),
-            instructions=config.instructions,
-            document_instruction_rate=config.document_instruction_rate,
-            source_weights=config.source_weights,
-        )
+        return make_sampler(config, load_sources(table, sources, config.formats), seed=5)
 
     return make

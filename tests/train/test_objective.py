@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from f2llm.train.objective import (
+    NONE,
     TEMPERATURE,
     Roles,
     contrastive_terms,
-    distillation_loss,
-    distillation_terms,
+    distillation_term,
     hard_loss,
     in_batch_loss,
     matryoshka_sizes,
     matryoshka_weights,
+    softmax_loss,
 )
 
 B, K, D, N = 7, 3, 20, 15
+HOT, WARM = torch.tensor(0.05, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
 
 
 # --- The objective once more, one number at a time
@@ -44,10 +46,12 @@ def naive_in_batch(q: np.ndarray, positive: np.ndarray, same: np.ndarray, temper
     return sum(losses) / len(losses)
 
 
-def naive_hard(q: np.ndarray, positive: np.ndarray, negative: np.ndarray, temperature: float) -> float:
+def naive_hard(
+    q: np.ndarray, positive: np.ndarray, negative: list[list[np.ndarray]], temperature: float
+) -> float:
     losses = []
     for i in range(len(q)):
-        others = [float(q[i] @ negative[i, k]) for k in range(negative.shape[1])]
+        others = [float(q[i] @ vector) for vector in negative[i]]
         losses.append(naive_softmax_loss(float(q[i] @ positive[i]), others, temperature))
     return sum(losses) / len(losses)
 
@@ -58,11 +62,37 @@ def naive_terms(vectors: np.ndarray, roles: Roles, sizes: list[int], temperature
         weight = 1 / (n * math.sqrt(max(sizes) / size))
         q = np.array([unit(vectors[r][:size]) for r in roles.query_B])
         positive = np.array([unit(vectors[r][:size]) for r in roles.positive_B])
-        negative = np.array([[unit(vectors[r][:size]) for r in row] for row in roles.negative_BK])
+        negative = [[unit(vectors[r][:size]) for r in row if r != NONE] for row in roles.negative_BK]
         terms["in_batch"] += weight * naive_in_batch(q, positive, roles.same_BB.numpy(), temperature)
-        if negative.size:
+        if any(negative):
             terms["hard"] += weight * naive_hard(q, positive, negative, temperature)
     return terms
+
+
+def naive_joint(
+    vectors: np.ndarray, roles: Roles, sizes: list[int], temperature: float, both: bool = False
+) -> float:
+    total = 0.0
+    queries = [int(r) for r in roles.query_B]
+    own = [int(r) for r in roles.positive_B]
+    hard = [{int(r) for r in row if r != NONE} for row in roles.negative_BK]
+    known = {(int(i), int(r)) for i, r in roles.known_P2}
+    for n, size in enumerate(sorted(sizes, reverse=True), start=1):
+        score = [[float(unit(a[:size]) @ unit(b[:size])) for b in vectors] for a in vectors]
+        there, back = [], []
+        for i, q in enumerate(queries):
+            right = {own[j] for j in range(len(own)) if roles.same_BB[i, j]} | {r for k, r in known if k == i}
+            others = (set(own) | set().union(*hard)) - (right - hard[i]) - {own[i]}
+            there.append(naive_softmax_loss(score[q][own[i]], [score[q][c] for c in others], temperature))
+            rivals = [j for j in range(len(own)) if j != i and not roles.same_BB[j, i]]
+            back.append(
+                naive_softmax_loss(score[own[i]][q], [score[own[i]][queries[j]] for j in rivals], temperature)
+            )
+        loss = sum(there) / len(there)
+        if both:
+            loss = (loss + sum(back) / len(back)) / 2
+        total += loss / (n * math.sqrt(max(sizes) / size))
+    return total
 
 
 def naive_distillation(student: np.ndarray, teacher: np.ndarray) -> float:
@@ -90,11 +120,15 @@ def random_roles(rng: np.random.Generator, negatives: int = K, in_batch: bool = 
     """Rows repeat, as texts of a batch do."""
     same_BB = rng.random((B, B)) < 0.3
     same_BB[0] = [False, *[True] * (B - 1)]  # a query whose every other positive is masked
+    negative_BK = rng.integers(N, size=(B, negatives))
+    negative_BK[2, :1] = NONE  # a query with fewer negatives than others, and one with none
+    negative_BK[4] = NONE
     return Roles(
         torch.from_numpy(rng.integers(N, size=B)),
         torch.from_numpy(rng.integers(N, size=B)),
-        torch.from_numpy(rng.integers(N, size=(B, negatives))),
+        torch.from_numpy(negative_BK),
         torch.from_numpy(same_BB),
+        torch.from_numpy(np.stack((rng.integers(B, size=9), rng.integers(N, size=9)), axis=1)),
         in_batch,
     )
 
@@ -130,11 +164,11 @@ def test_temperature_is_the_published_one() -> None:
     assert TEMPERATURE == 0.05
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.7])
-def test_in_batch_loss(rng: np.random.Generator, temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [HOT, WARM])
+def test_in_batch_loss(rng: np.random.Generator, temperature: Tensor) -> None:
     q, positive = unit_rows(rng, B, D), unit_rows(rng, B, D)
     same = random_roles(rng).same_BB
-    expected = naive_in_batch(q.numpy(), positive.numpy(), same.numpy(), temperature)
+    expected = naive_in_batch(q.numpy(), positive.numpy(), same.numpy(), float(temperature))
     assert float(in_batch_loss(q, positive, same, temperature)) == pytest.approx(expected, rel=1e-12)
     with_diagonal = same | torch.eye(B, dtype=torch.bool)
     assert torch.equal(
@@ -144,37 +178,53 @@ def test_in_batch_loss(rng: np.random.Generator, temperature: float) -> None:
 
 def test_a_query_without_negatives_in_the_batch_adds_nothing(rng: np.random.Generator) -> None:
     q, positive = unit_rows(rng, B, D).requires_grad_(), unit_rows(rng, B, D)
-    loss = in_batch_loss(q, positive, torch.ones(B, B, dtype=torch.bool), 0.05)
+    loss = in_batch_loss(q, positive, torch.ones(B, B, dtype=torch.bool), HOT)
     loss.backward()
     assert q.grad is not None
     assert loss.item() == 0.0 and float(q.grad.abs().max()) == 0.0
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.7])
-def test_hard_loss(rng: np.random.Generator, temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [HOT, WARM])
+def test_hard_loss(rng: np.random.Generator, temperature: Tensor) -> None:
     q, positive, negative = unit_rows(rng, B, D), unit_rows(rng, B, D), unit_rows(rng, B, K, D)
-    expected = naive_hard(q.numpy(), positive.numpy(), negative.numpy(), temperature)
-    assert float(hard_loss(q, positive, negative, temperature)) == pytest.approx(expected, rel=1e-12)
+    there = random_roles(rng).negative_BK != NONE
+    others = [[negative[i, k].numpy() for k in range(K) if there[i, k]] for i in range(B)]
+    expected = naive_hard(q.numpy(), positive.numpy(), others, float(temperature))
+    assert float(hard_loss(q, positive, negative, there, temperature)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_distillation_loss(rng: np.random.Generator) -> None:
-    student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D))
-    expected = naive_distillation(student, teacher)
-    got = distillation_loss(torch.from_numpy(student), torch.from_numpy(teacher))
-    assert float(got) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("at_once", [1, 3 * N, 1 << 20])
+def test_a_softmax_in_blocks_is_the_plain_one(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Loss and all gradients, the temperature's too, against autograd on the whole matrix of scores."""
+    monkeypatch.setattr("f2llm.train.objective.SCORES_AT_ONCE", at_once)
+    own = torch.from_numpy(rng.integers(N, size=B))
+    hidden = torch.from_numpy(rng.random((B, N)) < 0.4)
+    hidden[torch.arange(B), own] = False
+    hidden[0] = torch.arange(N) != own[0]
+    inputs = [unit_rows(rng, B, D), unit_rows(rng, N, D), torch.tensor(0.1, dtype=torch.float64)]
+    q, documents, temperature = (t.requires_grad_() for t in inputs)
+    scores = (q @ documents.T / temperature).masked_fill(hidden, -math.inf)
+    plain = torch.nn.functional.cross_entropy(scores, own)
+    expected = torch.autograd.grad(3 * plain, (q, documents, temperature))
+    loss = softmax_loss(q, documents, own, hidden, temperature)
+    got = torch.autograd.grad(3 * loss, (q, documents, temperature))
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [[D], [8, D], [8, 16, D]])
 def test_contrastive_terms_over_sizes(rng: np.random.Generator, sizes: list[int]) -> None:
     vectors, roles = rng.normal(size=(N, D)), random_roles(rng)
-    terms = contrastive_terms(torch.from_numpy(vectors), roles, sizes, 0.05)
+    terms = contrastive_terms(torch.from_numpy(vectors), roles, sizes, HOT)
     expected = naive_terms(vectors, roles, sizes, 0.05)
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, rel=1e-11)
 
 
 def test_contrastive_terms_of_rows_that_are_not_retrieval(rng: np.random.Generator) -> None:
     vectors, roles = rng.normal(size=(N, D)), random_roles(rng, in_batch=False)
-    terms = contrastive_terms(torch.from_numpy(vectors), roles, [8, D], 0.05)
+    terms = contrastive_terms(torch.from_numpy(vectors), roles, [8, D], HOT)
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(
         {"hard": naive_terms(vectors, roles, [8, D], 0.05)["hard"]}, rel=1e-11
     )
@@ -182,34 +232,34 @@ def test_contrastive_terms_of_rows_that_are_not_retrieval(rng: np.random.Generat
 
 def test_contrastive_terms_without_hard_negatives(rng: np.random.Generator) -> None:
     vectors, roles = rng.normal(size=(N, D)), random_roles(rng, negatives=0)
-    terms = contrastive_terms(torch.from_numpy(vectors), roles, [8, D], 0.05)
+    terms = contrastive_terms(torch.from_numpy(vectors), roles, [8, D], HOT)
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(
         {"in_batch": naive_terms(vectors, roles, [8, D], 0.05)["in_batch"]}, rel=1e-11
     )
 
 
 @pytest.mark.parametrize("negatives", [0, K])
-def test_distillation_terms_add_up_queries_positives_and_negatives(
+def test_distillation_term_add_up_queries_positives_and_negatives(
     rng: np.random.Generator, negatives: int
 ) -> None:
     student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D))
     roles = random_roles(rng, negatives)
     expected = 0.0
-    for rows in (roles.query_B, roles.positive_B, roles.negative_BK.flatten()):
+    for rows in (roles.query_B, roles.positive_B, roles.negative_BK[roles.negative_BK != NONE]):
         if len(rows):
             expected += naive_distillation(student[rows.numpy()], teacher[rows.numpy()])
-    got = distillation_terms(torch.from_numpy(student), torch.from_numpy(teacher), roles)
+    got = distillation_term(torch.from_numpy(student), torch.from_numpy(teacher), roles)
     assert float(got) == pytest.approx(expected, rel=1e-12)
 
 
 def test_scale_of_the_vectors_moves_only_the_distance_to_the_teacher(rng: np.random.Generator) -> None:
     vectors, teacher = torch.from_numpy(rng.normal(size=(N, D))), torch.from_numpy(rng.normal(size=(N, D)))
     roles = random_roles(rng)
-    for name, term in contrastive_terms(3 * vectors, roles, [8, D], 0.05).items():
+    for name, term in contrastive_terms(3 * vectors, roles, [8, D], HOT).items():
         assert float(term) == pytest.approx(
-            float(contrastive_terms(vectors, roles, [8, D], 0.05)[name]), rel=1e-12
+            float(contrastive_terms(vectors, roles, [8, D], HOT)[name]), rel=1e-12
         )
-    assert distillation_terms(3 * vectors, teacher, roles) > 1.5 * distillation_terms(vectors, teacher, roles)
+    assert distillation_term(3 * vectors, teacher, roles) > 1.5 * distillation_term(vectors, teacher, roles)
 
 
 # --- Gradients
@@ -220,10 +270,33 @@ def test_documents_learn_from_the_in_batch_term(rng: np.random.Generator) -> Non
     vectors = torch.from_numpy(rng.normal(size=(2 * B, D))).requires_grad_()
     rows = torch.arange(B)
     none = torch.zeros(B, B, dtype=torch.bool)
-    roles = Roles(rows, rows + B, torch.empty(B, 0, dtype=torch.int64), none, in_batch=True)
-    contrastive_terms(vectors, roles, [D], 0.05)["in_batch"].backward()
+    known = torch.empty(0, 2, dtype=torch.int64)
+    roles = Roles(rows, rows + B, torch.empty(B, 0, dtype=torch.int64), none, known, in_batch=True)
+    contrastive_terms(vectors, roles, [D], HOT)["in_batch"].backward()
     assert vectors.grad is not None
     assert float(vectors.grad.norm(dim=1).min()) > 0
+    term = contrastive_terms(vectors, roles, [D], HOT, gather_gradient=False)["in_batch"]
+    (as_reference,) = torch.autograd.grad(term, vectors)
+    torch.testing.assert_close(as_reference[:B], vectors.grad[:B])
+    assert float(as_reference[B:].abs().max()) == 0
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("sizes", [[D], [8, 16, D]])
+def test_joint_objective(rng: np.random.Generator, sizes: list[int], both: bool) -> None:
+    vectors, roles = rng.normal(size=(N, D)), random_roles(rng)
+    terms = contrastive_terms(
+        torch.from_numpy(vectors), roles, sizes, HOT, kind="joint", both_directions=both
+    )
+    expected = {"joint": naive_joint(vectors, roles, sizes, 0.05, both)}
+    assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, rel=1e-11)
+
+
+def test_joint_objective_of_rows_that_are_not_retrieval_is_the_hard_term(rng: np.random.Generator) -> None:
+    vectors, roles = torch.from_numpy(rng.normal(size=(N, D))), random_roles(rng, in_batch=False)
+    joint = contrastive_terms(vectors, roles, [8, D], HOT, kind="joint")
+    assert joint == contrastive_terms(vectors, roles, [8, D], HOT)
+    assert list(joint) == ["hard"]
 
 
 def test_gradients_are_right(rng: np.random.Generator) -> None:
@@ -232,8 +305,8 @@ def test_gradients_are_right(rng: np.random.Generator) -> None:
     roles = random_roles(rng)
 
     def total(vectors: Tensor) -> Tensor:
-        terms = contrastive_terms(vectors, roles, [8, D], 0.5)
-        return terms["in_batch"] + terms["hard"] + distillation_terms(vectors, teacher, roles)
+        terms = contrastive_terms(vectors, roles, [8, D], WARM)
+        return terms["in_batch"] + terms["hard"] + distillation_term(vectors, teacher, roles)
 
     assert torch.autograd.gradcheck(total, (vectors,))
 
@@ -257,12 +330,13 @@ def test_gradients_are_the_same_bits_every_time(rng: np.random.Generator) -> Non
         torch.from_numpy(rng.integers(2, size=queries)),  # two labels, the positives of all queries
         torch.from_numpy(rng.integers(texts, size=(queries, 4))),
         torch.zeros(queries, queries, dtype=torch.bool),
+        torch.empty(0, 2, dtype=torch.int64),
         in_batch=True,
     )
     gradients = set()
     for _ in range(4):
-        terms = contrastive_terms(vectors, roles, [8, width], 0.05)
-        total = terms["in_batch"] + terms["hard"] + distillation_terms(vectors, teacher, roles)
+        terms = contrastive_terms(vectors, roles, [8, width], torch.tensor(0.05))
+        total = terms["in_batch"] + terms["hard"] + distillation_term(vectors, teacher, roles)
         (gradient,) = torch.autograd.grad(total, vectors)
         gradients.add(gradient.numpy().tobytes())
     assert len(gradients) == 1, "different gradients of the same step"

@@ -1,11 +1,15 @@
 """Batches as a pure function of (seed, step): what is in them, and what never is."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from f2llm.data.rows import Source, read_rows, rows_table
@@ -59,12 +63,16 @@ def sampler(table: pa.Table, sources: list[Source], **changes: Any) -> Sampler:
     return Sampler(load_sources(table, sources, FORMATS), **settings)
 
 
+def every(batches: Sampler) -> list[Batch]:
+    return [batches[step] for step in range(len(batches))]
+
+
 def words(batch: Batch, rows: np.ndarray) -> list[str]:
     return [batch.texts[row] for row in rows.ravel()]
 
 
 def content(batch: Batch) -> tuple[Any, ...]:
-    arrays = (batch.query_B, batch.positive_B, batch.negative_BK, batch.same_BB)
+    arrays = (batch.query_B, batch.positive_B, batch.negative_BK, batch.same_BB, batch.known_P2)
     return (batch.source, tuple(batch.texts), *(a.tobytes() + str(a.shape).encode() for a in arrays))
 
 
@@ -121,6 +129,31 @@ def test_source_weights_multiply_the_number_of_rows() -> None:
     assert shares({"many": 0.0}) == {"few": 40}
 
 
+def test_another_process_makes_the_same_batches(rows_folder: Path) -> None:
+    """Python mixes the order of sets anew in every process; no batch may depend on it."""
+    code = (
+        "import hashlib, sys; from pathlib import Path; from f2llm.data.rows import read_rows\n"
+        "from f2llm.train.sampler import Sampler, load_sources\n"
+        "rows = load_sources(*read_rows(Path(sys.argv[1])), ['retrieval', 'clustering', 'classification'])\n"
+        f"counts = {COUNTS}\n"
+        "batches = Sampler(rows, seed=3, steps=12, batch_size=8, hard_negatives=counts, instructions=True,\n"
+        "                  document_instruction_rate=0.3)\n"
+        "print(hashlib.sha256(repr([(b.source, b.texts, *(a.tolist() for a in (b.query_B, b.positive_B, b.negative_BK,"
+        " b.same_BB, b.known_P2))) for b in batches]).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(rows_folder)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1 and len(digests.pop().strip()) == 64
+
+
 # --- What a batch holds
 
 
@@ -149,9 +182,19 @@ def test_retrieval_draws_from_the_rows_own_texts() -> None:
     assert len(drawn) == 20 * (2 + 3)  # all of them, sooner or later
 
 
-def test_hard_negatives_are_as_many_as_the_poorest_row_of_the_batch_has() -> None:
-    table = retrieval(8, negatives=[["a", "b", "c"]] * 7 + [["d"]])
-    assert sampler(table, [source("pairs")])[0].negative_BK.shape == (8, 1)
+def test_each_row_brings_the_hard_negatives_it_has() -> None:
+    """Up to two of them, -1 where there is none; the batch is as wide as its richest row."""
+    counts = [3, 0, 1, 2, 0, 1, 3, 0]
+    table = retrieval(8, negatives=[[f"n{i}.{k}" for k in range(count)] for i, count in enumerate(counts)])
+    batch = sampler(table, [source("pairs")])[0]
+    assert batch.negative_BK.shape == (8, 2) and batch.negative_BK.dtype == np.int64
+    for query, row in zip(words(batch, batch.query_B), batch.negative_BK.tolist(), strict=True):
+        number = int(query.removeprefix("pairs q"))
+        there = min(2, counts[number])
+        assert all(batch.texts[text].startswith(f"n{number}.") for text in row[:there])
+        assert row[there:] == [-1] * (2 - there)
+    poor = sampler(table.filter(pc.less(pc.list_value_length(table["negatives"]), 2)), [source("pairs")])
+    assert all(poor[step].negative_BK.shape == (8, 1) for step in range(5))
     bare = retrieval(8, negatives=[[]] * 8)
     assert sampler(bare, [source("pairs")])[0].negative_BK.shape == (8, 0)
 
@@ -186,50 +229,55 @@ def test_classification_draws_the_label_and_the_other_label() -> None:
             assert words(batch, batch.negative_BK[i]) == [other]
 
 
-def test_same_marks_positives_that_may_be_right_too() -> None:
-    """Against a double loop, on rows that share queries, positives, labels, and each other's texts."""
+@pytest.mark.parametrize("instructions", [False, True])
+def test_documents_known_to_be_right_are_marked_in_every_form(instructions: bool) -> None:
+    """Against a double loop, on rows that share queries, positives, labels, and each other's texts.
+
+    A document may stand in a batch bare and with its instruction; a hard negative of one row may be right for another.
+    """
     table = retrieval(
         12,
         query=["a", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k"],
-        positives=[
+        positives=[[t] for t in "121ac34567"] + [["8", "5"], ["9"]],
+        negatives=[
+            ["5", "a"],
+            ["6", "c"],
+            ["2"],
+            ["8"],
+            ["9"],
+            ["4"],
+            ["3"],
             ["1"],
             ["2"],
-            ["1"],
-            ["a"],
-            ["c"],
-            ["3", "4"],
-            ["4"],
-            ["5"],
-            ["6"],
+            ["b"],
+            ["d"],
             ["7"],
-            ["8", "5"],
-            ["9"],
         ],
-        label=[None, None, None, None, None, None, None, "x", "x", None, None, "y"],
+        label=[None] * 7 + ["x", "x", None, None, "y"],
     )
-    by_query: dict[str, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        by_query.setdefault(row["query"], []).append(row)
-    batches = sampler(table, [source("pairs")], batch_size=12)
-    undrawn = 0
-    for step in range(40):
+    rows = table.to_pylist()
+    batches = sampler(table, [source("pairs")], batch_size=12, instructions=instructions)
+    prefix = PREFIX.format("Do pairs") if instructions else ""
+    beyond_positives = 0
+    for step in range(20):
         batch = batches[step]
-        queries, positives = words(batch, batch.query_B), words(batch, batch.positive_B)
-        drawn = []
-        for query, positive in zip(queries, positives, strict=True):
-            drawn += [row for row in by_query[query] if positive in row["positives"]]
-        for i, mine in enumerate(drawn):
-            for j, other in enumerate(drawn):
-                expected = (
-                    (mine["label"] is not None and mine["label"] == other["label"])
-                    or mine["query"] == other["query"]
-                    or positives[i] == positives[j]
-                    or positives[j] == mine["query"]
-                    or positives[j] in mine["positives"]
-                )
-                assert batch.same_BB[i, j] == expected, (mine, other)
-                undrawn += i != j and positives[j] in mine["positives"] and positives[i] != positives[j]
-    assert undrawn > 0
+        queries = [text.removeprefix(prefix) for text in words(batch, batch.query_B)]
+        positives = [text.removeprefix(prefix) for text in words(batch, batch.positive_B)]
+        bare = [text.removeprefix(prefix) for text in batch.texts]
+        assert sorted(queries) == sorted(table["query"].to_pylist())
+        known = set()
+        for i, query in enumerate(queries):
+            labels = {row["label"] for row in rows if row["query"] == query} - {None}
+            right = {t for r in rows if r["query"] == query or r["label"] in labels for t in r["positives"]}
+            documents = {*positives, *(bare[n] for n in batch.negative_BK.ravel() if n >= 0)}
+            known |= {(i, n) for n, text in enumerate(bare) if text in (right | {query}) & documents}
+            for j, other in enumerate(queries):
+                alike = positives[j] in right | {query} or positives[j] == positives[i] or query == other
+                shared = labels & {row["label"] for row in rows if row["query"] == other}
+                assert batch.same_BB[i, j] == (alike or bool(shared))
+        assert batch.known_P2.tolist() == [list(pair) for pair in sorted(known)]
+        beyond_positives += len({text for _, text in known} - set(batch.positive_B.tolist()))
+    assert beyond_positives > 0
 
 
 def test_no_query_is_set_against_its_own_text() -> None:
@@ -286,6 +334,102 @@ def test_instructions_leave_rows_and_masks_as_they_are() -> None:
         assert [text.split("Query: ")[1] for text in queries] == words(bare[step], bare[step].query_B)
 
 
+# --- How long a run is, and what it draws from
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "weights", "steps"),
+    [
+        (1.0, 10, {}, 4),
+        (1.1, 4, {}, 11),  # 1.1 * 40 / 4 in floating point is above 11
+        (2.5, 8, {}, 13),
+        (0.001, 8, {}, 1),
+        (1.0, 10, {"many": 0.0}, 1),
+        (1.0, 10, {"many": 0.1, "few": 2.7}, 3),
+        (3, 10, {"few": 3}, 18),
+    ],
+)
+def test_epochs_are_turned_into_steps(
+    epochs: float, batch_size: int, weights: dict[str, float], steps: int
+) -> None:
+    table = pa.concat_tables([retrieval(30, "many"), retrieval(10, "few")])
+    batches = sampler(
+        table,
+        [source("many"), source("few")],
+        steps=None,
+        epochs=epochs,
+        batch_size=batch_size,
+        source_weights=weights,
+    )
+    assert batches.steps == len(batches) == steps
+    for step in (-1, steps):
+        with pytest.raises(IndexError, match=f"step {step} .* {steps} steps"):
+            batches[step]
+
+
+def test_one_epoch_has_every_row_of_every_source_once() -> None:
+    table = pa.concat_tables([retrieval(32, "many"), retrieval(8, "few")])
+    for seed in range(5):
+        batches = sampler(table, [source("many"), source("few")], steps=None, epochs=1.0, seed=seed)
+        drawn = [text for batch in every(batches) for text in words(batch, batch.query_B)]
+        assert sorted(drawn) == sorted(table["query"].to_pylist())
+
+
+def test_sources_have_steps_by_their_capped_rows() -> None:
+    """Of 60 and 20 rows 20 each are left by a cap of the source; by language 5 x 10 = 50 and 10."""
+    many = retrieval(60, "many", query_lang=[f"l{i % 5}" for i in range(60)])
+    few = retrieval(20, "few")
+    table, sources = pa.concat_tables([many, few]), [source("many"), source("few")]
+
+    def shares(**changes: Any) -> Counter[str]:
+        return Counter(batch.source for batch in every(sampler(table, sources, steps=48, **changes)))
+
+    assert shares() == {"many": 36, "few": 12}
+    assert shares(cap=20) == {"many": 24, "few": 24}
+    assert shares(cap=10, cap_by="language") == {"many": 40, "few": 8}
+    assert shares(cap=10, cap_by="language", source_weights={"few": 5}) == {"many": 24, "few": 24}
+    capped = sampler(table, sources, steps=None, epochs=2.0, batch_size=10, cap=10, cap_by="language")
+    assert len(capped) == 12
+
+
+def test_cap_and_temperature_decide_what_a_run_sees() -> None:
+    """An epoch of 30 out of 90 + 10 rows at T = 2 has 3 : 1 of the languages: 22 or 23, and 7 or 8."""
+    table = retrieval(100, query_lang=["big"] * 90 + ["small"] * 10)
+    batches = sampler(
+        table, [source("pairs")], steps=None, epochs=3, batch_size=10, cap=30, language_temperature=2.0
+    )
+    drawn = [
+        int(text.removeprefix("pairs q")) for batch in every(batches) for text in words(batch, batch.query_B)
+    ]
+    for epoch in (drawn[:30], drawn[30:60], drawn[60:]):
+        assert len(set(epoch)) == 30 and sum(number >= 90 for number in epoch) in (7, 8)
+    assert len(set(drawn)) > 40
+
+
+def test_batch_neighbours_share_no_text() -> None:
+    """Every query twice and every positive four times; by chance nearly every batch would have a clash."""
+    table = retrieval(
+        200, query=[f"q{i // 2}" for i in range(200)], positives=[[f"p{i % 50}"] for i in range(200)]
+    )
+    for batch in every(sampler(table, [source("pairs")], batch_size=16, steps=60)):
+        assert len(set(batch.query_B.tolist())) == len(set(batch.positive_B.tolist())) == 16
+
+
+def test_sources_without_a_step_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = [retrieval(1000, "large"), retrieval(3, "tiny"), retrieval(2, "least"), retrieval(2, "unwanted")]
+    table, sources = (
+        pa.concat_tables(tables),
+        [source(name) for name in ("large", "tiny", "least", "unwanted")],
+    )
+    batches = sampler(table, sources, steps=20, source_weights={"unwanted": 0.0})
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "20 steps" in said and "tiny, least;" in said
+    assert "large" not in said and "unwanted" not in said
+    assert {batch.source for batch in every(batches)} == {"large"}
+    sampler(table, sources, steps=20, source_weights={"unwanted": 0.0, "tiny": 50.0, "least": 80.0})
+    assert capsys.readouterr().err == ""
+
+
 # --- Refusals
 
 
@@ -297,6 +441,12 @@ def test_an_unknown_source_in_the_weights_is_named() -> None:
 def test_weights_that_leave_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="weight above 0"):
         sampler(retrieval(4), [source("pairs")], source_weights={"pairs": 0.0})
+
+
+@pytest.mark.parametrize("length", [{}, {"steps": 3, "epochs": 1.0}])
+def test_the_length_is_given_in_one_way(length: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="in steps or in epochs"):
+        sampler(retrieval(4), [source("pairs")], **{"steps": None, **length})
 
 
 @pytest.mark.parametrize("format", ["clustering", "classification"])

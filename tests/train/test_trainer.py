@@ -1,6 +1,5 @@
 """The training loop: its schedule, its optimizer, that it learns, and that a continued run ends in the same bits."""
 
-import json
 import math
 import os
 import random
@@ -20,10 +19,13 @@ from tokenizers import Tokenizer
 from f2llm.compress.prune import cut
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.folder import Model, load_model
-from f2llm.model.tokenizer import encode
 from f2llm.recipe import Shape, TrainStage
+from f2llm.train.optim import learning_rate_at
 from f2llm.train.sampler import Batch, Sampler
-from f2llm.train.trainer import embed, learning_rate_at, make_optimizer, taught_dimensions, train, train_stage
+from f2llm.train.stage import train_stage
+from f2llm.train.terms import taught_dimensions, token_ids
+from f2llm.train.trainer import train
+from f2llm.train.watch import read_log as read_records
 
 Settings = Callable[..., TrainStage]
 Batches = Callable[[TrainStage], Sampler]
@@ -32,46 +34,13 @@ SHAPE = Shape(hidden_size=24, intermediate_size=40, layers=2, heads=4, kv_heads=
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The log without what the clock says."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-# --- Learning rate and optimizer
-
-
-@pytest.mark.parametrize(
-    ("schedule", "after_warmup"),
-    [
-        ("constant", [1, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
-        ("cosine", [1, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]),
-    ],
-)
-def test_learning_rate(settings: Settings, schedule: str, after_warmup: list[float]) -> None:
-    config = settings(steps=12, warmup_steps=4, learning_rate=0.2, schedule=schedule)
-    shares = [learning_rate_at(config, step) / 0.2 for step in range(12)]
-    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, *after_warmup], abs=1e-6)
-
-
-def test_learning_rate_without_warmup_and_with_nothing_else(settings: Settings) -> None:
-    assert learning_rate_at(settings(warmup_steps=0, learning_rate=0.2), 0) == pytest.approx(0.2)
-    only_warmup = settings(steps=4, warmup_steps=4, learning_rate=0.2)
-    assert [learning_rate_at(only_warmup, step) for step in range(4)] == pytest.approx([0.05, 0.1, 0.15, 0.2])
-
-
-def test_weights_decay_and_norms_do_not(settings: Settings, make_model: MakeModel) -> None:
-    decoder = make_model().decoder
-    optimizer = make_optimizer(decoder, settings(weight_decay=0.3))
-    decays = {
-        id(parameter): group["weight_decay"]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    assert len(decays) == len(list(decoder.parameters()))
-    for name, parameter in decoder.named_parameters():
-        assert decays[id(parameter)] == (0.0 if parameter.dim() == 1 else 0.3), name
-    assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups)
+    """The steps of the log, without what the clock and the machine say."""
+    noise = {"tokens_per_second", "memory_gigabytes"}
+    return [
+        {key: value for key, value in record.items() if key not in noise}
+        for record in read_records(folder / "log.jsonl")
+        if "loss" in record
+    ]
 
 
 # --- Learning
@@ -179,13 +148,10 @@ def test_the_teacher_stays_as_it_is(
 def test_long_texts_are_cut_and_keep_eos(make_model: MakeModel) -> None:
     model = make_model()
     text = "lion tembo chien 大象 " * 5
-    vectors, tokens = embed(model, [text, "lion"], 7)
-    (cut,) = encode(model.tokenizer, [text], eos_id=model.facts.eos_id, max_length=7, too_long="truncate")
-    short = len(
-        encode(model.tokenizer, ["lion"], eos_id=model.facts.eos_id, max_length=7, too_long="error")[0]
-    )
-    assert tokens == 7 + short
-    torch.testing.assert_close(vectors[:1], model.decoder(torch.tensor(cut), [7]))
+    whole, short = token_ids(model, [text, "lion"], 200)
+    cut, same = token_ids(model, [text, "lion"], 7)
+    assert cut == [*whole[:6], model.facts.eos_id] != whole
+    assert same == short
 
 
 def test_decoder_is_left_ready_for_use(
@@ -220,14 +186,16 @@ def test_a_broken_loss_stops_the_run_and_changes_nothing(
 
 
 class Interrupted:
-    """Batches that end in a Ctrl-C at one step."""
+    """Batches that end in a Ctrl-C at one step, once the steps before it are done."""
 
     def __init__(self, sampler: Sampler, at: int) -> None:
-        self.sampler, self.at = sampler, at
+        self.sampler, self.at, self.last = sampler, at, -1
+        self.seed, self.steps = sampler.seed, sampler.steps
 
     def __getitem__(self, step: int) -> Batch:
-        if step == self.at:
+        if step == self.at and self.last == step - 1 and sys._getframe(1).f_code.co_name == "make":
             raise KeyboardInterrupt
+        self.last = step
         return self.sampler[step]
 
 
@@ -334,7 +302,7 @@ import sys
 from pathlib import Path
 import torch
 from f2llm.recipe import TrainStage
-from f2llm.train.trainer import train_stage
+from f2llm.train.stage import train_stage
 
 torch.set_num_threads(2)
 config, data, tokenizer, out = sys.argv[1:]

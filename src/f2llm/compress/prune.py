@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from f2llm.data.rows import read_rows
 from f2llm.errors import UsageError
+from f2llm.model.base import load_base
+from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder, DecoderConfig
-from f2llm.model.folder import Model, ModelFacts, load_model, model_size, save_model
+from f2llm.model.folder import Model, ModelFacts, model_size, save_model
 from f2llm.progress import progress
 from f2llm.recipe import PruneStage
 from f2llm.rng import generator
 from f2llm.train.objective import matryoshka_sizes
-from f2llm.train.trainer import embed
+from f2llm.train.terms import token_ids
 
 TEXTS_AT_ONCE = 64  # so that memory does not grow with the number of calibration texts
 
@@ -31,7 +33,7 @@ def prune_stage(
     config: PruneStage, *, model: Path, data: Path, out: Path, seed: int, recipe_hash: str
 ) -> dict[str, Any]:
     """Cut the model to the recipe's shape and leave a model folder in `out`."""
-    parent = load_model(model)
+    parent = load_base(model)
     if config.layers > (layers := parent.decoder.config.num_hidden_layers):
         raise UsageError(f"{config.layers} layers were asked for, but {model} has {layers}; ask for less.")
     table, _ = read_rows(data)
@@ -90,7 +92,7 @@ def importance(model: Model, texts: list[str]) -> tuple[Tensor, list[Tensor]]:
         with progress(total=len(texts), what="measure activations", unit="text") as bar:
             for start in range(0, len(texts), TEXTS_AT_ONCE):
                 part = texts[start : start + TEXTS_AT_ONCE]
-                embed(model, part, model.facts.max_length)
+                forward(model.decoder, token_ids(model, part, model.facts.max_length))
                 bar.advance(len(part))
     finally:
         for handle in handles:

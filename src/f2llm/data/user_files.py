@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm import languages as lang
-from f2llm.data.rows import Source, rows_table, write_rows
+from f2llm.data.rows import Format, Source, rows_table, write_rows
 from f2llm.errors import UsageError
 from f2llm.progress import progress
 from f2llm.text import clean
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # A column that is not ours but this like one of ours is a slip of the pen, and would lose data in silence.
 MISSPELT = 0.87
+
+
+FORMAT_OF: dict[str, Format] = {"query": "retrieval", "label": "clustering"}  # by a column that tells
 
 
 class Record(NamedTuple):
@@ -63,6 +66,20 @@ def import_files(
     columns["query_lang"] = [lang.tag(query_lang)] * count
     columns["positive_lang"] = [lang.tag(positive_lang)] * count
     return rows_table(source, columns)
+
+
+def guess_format(file: Path) -> Format:
+    """Retrieval if the first row has a query, clustering if it has a label."""
+    first = next(_records(file), None)
+    if first is None:
+        raise UsageError(f"{file} has no rows; give a file with at least one.")
+    for column, form in FORMAT_OF.items():
+        if column in first.values:
+            return form
+    raise UsageError(
+        f"{first.place} has the columns {', '.join(map(repr, first.values))}, expected 'query' and 'positive', or "
+        "'text' and 'label'; rename them."
+    )
 
 
 def files_stage(config: "FilesStage", name: str, out: Path) -> dict[str, Any]:

@@ -7,13 +7,14 @@ Shape suffixes: N texts, U distinct token sequences, D dims.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from f2llm.errors import UsageError
+from f2llm.model.batches import forward, token_batches
 from f2llm.model.folder import load_model, model_size
 from f2llm.model.prompts import query_prefix
 from f2llm.model.tokenizer import TooLong, encode
@@ -144,21 +145,5 @@ class Embedder:
         distinct = list(number)
         vectors_UD = np.empty((len(distinct), self.dim), dtype=np.float32)
         for batch in token_batches([len(sequence) for sequence in distinct], TOKENS_PER_BATCH):
-            sequences = [distinct[i] for i in batch]
-            ids_T = torch.tensor(list(chain.from_iterable(sequences)))
-            vectors_UD[batch] = self._model.decoder(ids_T, [len(s) for s in sequences]).numpy()
+            vectors_UD[batch] = forward(self._model.decoder, [distinct[i] for i in batch]).numpy()
         return vectors_UD[row_N]
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in order of length, in batches of at most `budget` tokens (a longer text is a batch of its own)."""
-    batch: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and tokens + lengths[i] > budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += lengths[i]
-    if batch:
-        yield batch

@@ -178,14 +178,14 @@ def strip_rows(figures: Figures, dots: list[Dot]) -> list[tuple[str, list[Dot], 
 
 def loss_panels(logged: dict[str, list[Figures]]) -> list[dict[str, Any]]:
     """Per training stage: the loss of each source's batches and, where there is a teacher, the distance to it."""
-    sources = dict.fromkeys(record["source"] for records in logged.values() for record in records)
+    sources = dict.fromkeys(r["source"] for records in logged.values() for r in records if "source" in r)
     colours = {source: i % COLOURS for i, source in enumerate(sources)}
     panels = []
     for stage, records in logged.items():
         for term, title in (("loss", "loss"), ("distillation", "distance to the teacher")):
             by_source: dict[str, list[tuple[float, float]]] = {}
             for record in records:
-                if term in record:
+                if "source" in record and term in record:  # a step, not a validation or an alarm
                     by_source.setdefault(record["source"], []).append((record["step"], record[term]))
             series = [
                 Series(name, by_source[name][:: 1 + len(by_source[name]) // MOST_POINTS], colours[name])

@@ -10,14 +10,15 @@ H query heads, G key/value heads, D head width, E hidden width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from f2llm.errors import F2Error
+from f2llm.model.attention import attend_groups
+from f2llm.model.fused import norm_rope, rms_norm, swiglu
+from f2llm.model.layout import Layout, make_layout
 
 TRANSFORMERS_ROPE_THETA = 10_000.0  # what it takes where a config.json gives none
 
@@ -90,41 +91,6 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the tokens of a batch lie once its sequences are sorted by length; made once per batch."""
-
-    groups: list[tuple[int, int]]  # (sequences, length of each), ascending length
-    token_order_T: Tensor  # sorted position -> position in the caller's flat list
-    positions_T: Tensor  # position inside its sequence
-    last_N: Tensor  # sorted position of each sequence's final token
-    restore_N: Tensor  # caller's sequence -> sorted sequence
-
-    @property
-    def group_tokens(self) -> list[int]:
-        return [count * length for count, length in self.groups]
-
-
-def make_layout(lengths: Sequence[int], device: torch.device) -> Layout:
-    """Sort sequences of the given lengths (each at least 1) into groups of equal length."""
-    lengths_N = torch.as_tensor(lengths, dtype=torch.int64)
-    if len(lengths_N) and int(lengths_N.min()) < 1:
-        raise F2Error("a sequence without tokens reached the decoder; each needs at least its EOS token.")
-    order_N = torch.argsort(lengths_N, stable=True)
-    sorted_N = lengths_N[order_N]
-    ends_N = sorted_N.cumsum(0)
-    starts_T = torch.repeat_interleave(ends_N - sorted_N, sorted_N)
-    positions_T = torch.arange(int(ends_N[-1]) if len(ends_N) else 0) - starts_T
-    caller_starts_N = (lengths_N.cumsum(0) - lengths_N)[order_N]
-    return Layout(
-        groups=[(len(list(same)), length) for length, same in groupby(sorted_N.tolist())],
-        token_order_T=(torch.repeat_interleave(caller_starts_N, sorted_N) + positions_T).to(device),
-        positions_T=positions_T.to(device),
-        last_N=(ends_N - 1).to(device),
-        restore_N=torch.argsort(order_N).to(device),
-    )
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight, as in Qwen3."""
 
@@ -134,7 +100,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """The norm of each query or key head, and the rotary embedding that follows it."""
+
+    def forward(self, x_THD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        return norm_rope(x_THD, self.weight, *rope, self.eps)
 
 
 def rope_tables(config: DecoderConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -143,24 +116,6 @@ def rope_tables(config: DecoderConfig, positions_T: Tensor, dtype: torch.dtype) 
     frequencies = 1.0 / (config.rope_theta ** (half / config.head_dim))
     angles_T1D = torch.outer(positions_T.float(), frequencies).repeat(1, 2).unsqueeze(1)
     return angles_T1D.cos().to(dtype), angles_T1D.sin().to(dtype)
-
-
-def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Rotary position embedding, half-split form (as in transformers' Qwen3)."""
-    first, second = x_THD.chunk(2, dim=-1)
-    return x_THD * cos_T1D + torch.cat((-second, first), dim=-1) * sin_T1D
-
-
-def attend(q_CLHD: Tensor, k_CLGD: Tensor, v_CLGD: Tensor, causal: bool) -> Tensor:
-    """Attention inside one group of equal lengths; returns [C, L of q, H, D]."""
-    out = F.scaled_dot_product_attention(
-        q_CLHD.transpose(1, 2),
-        k_CLGD.transpose(1, 2),
-        v_CLGD.transpose(1, 2),
-        is_causal=causal,
-        enable_gqa=q_CLHD.shape[2] != k_CLGD.shape[2],
-    )
-    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -174,37 +129,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
-        self.q_norm = RMSNorm(width, config.rms_norm_eps)
-        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_norm = HeadNorm(width, config.rms_norm_eps)
+        self.k_norm = HeadNorm(width, config.rms_norm_eps)
 
     def forward(self, x_TE: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], last_only: bool) -> Tensor:
         """Returns [T, E], or [N, E] for the final tokens alone if `last_only`."""
-        cos_T1D, sin_T1D = rope
-        k_TGD = rotate(self.k_norm(self.k_proj(x_TE).unflatten(-1, (-1, self.head_dim))), cos_T1D, sin_T1D)
+        k_TGD = self.k_norm(self.k_proj(x_TE).unflatten(-1, (-1, self.head_dim)), rope)
         v_TGD = self.v_proj(x_TE).unflatten(-1, (-1, self.head_dim))
         if last_only:
-            x_TE, cos_T1D, sin_T1D = (t.index_select(0, layout.last_N) for t in (x_TE, cos_T1D, sin_T1D))
-        q_THD = rotate(self.q_norm(self.q_proj(x_TE).unflatten(-1, (-1, self.head_dim))), cos_T1D, sin_T1D)
-        # One split and one cat around the groups: slicing per group would make every slice's backward
-        # allocate the whole tensor.
-        q_sizes = [count for count, _ in layout.groups] if last_only else layout.group_tokens
-        parts = zip(
-            layout.groups,
-            q_THD.split(q_sizes),
-            k_TGD.split(layout.group_tokens),
-            v_TGD.split(layout.group_tokens),
-            strict=True,
-        )
-        mixed = [
-            attend(
-                q.unflatten(0, (count, -1)),
-                k.unflatten(0, (count, length)),
-                v.unflatten(0, (count, length)),
-                causal=not last_only,
-            ).flatten(2).flatten(0, 1)
-            for (count, length), q, k, v in parts
-        ]  # fmt: skip
-        return self.o_proj(torch.cat(mixed))
+            x_TE, cos_T1D, sin_T1D = (t.index_select(0, layout.last_N) for t in (x_TE, *rope))
+            rope = cos_T1D, sin_T1D
+        q_THD = self.q_norm(self.q_proj(x_TE).unflatten(-1, (-1, self.head_dim)), rope)
+        return self.o_proj(attend_groups(q_THD, k_TGD, v_TGD, layout, last_only).flatten(1))
 
 
 class MLP(nn.Module):
@@ -217,7 +153,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TE)) * self.up_proj(x_TE))
+        return self.down_proj(swiglu(self.gate_proj(x_TE), self.up_proj(x_TE)))
 
 
 class Layer(nn.Module):

@@ -8,6 +8,7 @@ and its recipe. Weights are read from safetensors only; pickles and code in a fo
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from f2llm.errors import F2Error
 from f2llm.files import atomic_write, read_object, sha256_file, write_json, write_text
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json
 from f2llm.model.prompts import TEMPLATE, query_prefix
-from f2llm.model.tokenizer import PAD, load_tokenizer
+from f2llm.model.tokenizer import load_tokenizer
 
 SCHEMA_VERSION = 1
+FACTS = "f2llm.json"
 WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"  # of a larger model, which is written in several files
+HEAD = "lm_head.weight"  # a language model's output head, which no vector depends on
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,23 @@ class Model:
     facts: ModelFacts
 
 
-def identity_hash(folder: Path, config: DecoderConfig, template: str) -> str:
-    """What a vector depends on: weights and the decoder's settings, tokenizer and prompt template."""
+def identity_hash(weights: Iterable[Path], config: DecoderConfig, tokenizer: bytes, template: str) -> str:
+    """What a vector depends on: weights and the decoder's settings, tokenizer and prompt template.
+
+    Args:
+        weights: the safetensors files, in order.
+        tokenizer: the content of tokenizer.json.
+    """
     settings = json.dumps(asdict(config), sort_keys=True)
-    parts = (sha256_file(folder / WEIGHTS), settings, sha256_file(folder / "tokenizer.json"), template)
+    parts = (*map(sha256_file, weights), settings, hashlib.sha256(tokenizer).hexdigest(), template)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def save_model(folder: Path, model: Model) -> ModelFacts:
     """Write a complete model folder; f2llm.json comes last. Returns the facts with the identity filled in."""
     facts, config = model.facts, model.decoder.config
-    write_text(folder / "tokenizer.json", model.tokenizer.to_str(pretty=False))
+    tokenizer = model.tokenizer.to_str(pretty=False)
+    write_text(folder / "tokenizer.json", tokenizer)
     with atomic_write(folder / WEIGHTS) as file:
         tensors = {name: t.detach().contiguous() for name, t in model.decoder.state_dict().items()}
         file.write(save(tensors, metadata={"format": "pt"}))
@@ -76,21 +86,30 @@ def save_model(folder: Path, model: Model) -> ModelFacts:
     for name, content in _sentence_transformers_files(config, facts).items():
         write_json(folder / name, content)
     (folder / "2_Normalize").mkdir(exist_ok=True)
-    identity = identity_hash(folder, config, facts.template)
+    identity = identity_hash([folder / WEIGHTS], config, tokenizer.encode(), facts.template)
     facts = ModelFacts(**{**asdict(facts), "identity": identity})
-    write_json(folder / "f2llm.json", asdict(facts))
+    write_json(folder / FACTS, asdict(facts))
     return facts
 
 
+def pad_id(tokenizer: Tokenizer, eos_id: int) -> int:
+    """The token that other runtimes fill up with: the first special one but EOS, or EOS if there is no other.
+
+    Where both are one token, a runtime that looks for the last token that is no padding cuts EOS off.
+    """
+    special = sorted(
+        number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    )
+    return next((number for number in special if number != eos_id), eos_id)
+
+
 def _tokenizer_config(model: Model) -> dict[str, Any]:
-    eos = model.tokenizer.id_to_token(model.facts.eos_id)
-    pad = PAD if model.tokenizer.token_to_id(PAD) is not None else eos
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.facts.max_length,
         "padding_side": "left",
-        "eos_token": eos,
-        "pad_token": pad,
+        "eos_token": model.tokenizer.id_to_token(model.facts.eos_id),
+        "pad_token": model.tokenizer.id_to_token(pad_id(model.tokenizer, model.facts.eos_id)),
         "add_eos_token": True,
         "clean_up_tokenization_spaces": False,
     }
@@ -126,23 +145,22 @@ def load_model(folder: Path) -> Model:
 
     Raises F2Error if the folder is not a model, was changed after it was written, or needs another decoder.
     """
-    if not (folder / "f2llm.json").is_file():
-        raise F2Error(
-            f"{folder} is not a model folder: it has no f2llm.json; point to a folder made by f2llm."
-        )
-    values = read_object(folder / "f2llm.json")
+    if not (folder / FACTS).is_file():
+        raise F2Error(f"{folder} is not a model folder: it has no {FACTS}; point to a folder made by f2llm.")
+    values = read_object(folder / FACTS)
     if values.get("schema_version") != SCHEMA_VERSION:
         raise F2Error(
-            f"{folder}/f2llm.json has schema_version {values.get('schema_version')!r}, expected {SCHEMA_VERSION}; "
+            f"{folder}/{FACTS} has schema_version {values.get('schema_version')!r}, expected {SCHEMA_VERSION}; "
             "install the f2llm version that wrote it."
         )
     try:
         facts = ModelFacts(**values)
     except TypeError as error:
-        raise F2Error(f"{folder}/f2llm.json is incomplete ({error}); make the folder again.") from None
+        raise F2Error(f"{folder}/{FACTS} is incomplete ({error}); make the folder again.") from None
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     decoder = load_decoder(folder)
-    if identity_hash(folder, decoder.config, facts.template) != facts.identity:
+    content = (folder / "tokenizer.json").read_bytes()
+    if identity_hash(weight_files(folder), decoder.config, content, facts.template) != facts.identity:
         raise F2Error(
             f"{folder} was changed after it was written: weights, settings, tokenizer and template do not give the "
             "identity in f2llm.json; copy or make the folder again."
@@ -150,18 +168,37 @@ def load_model(folder: Path) -> Model:
     return Model(decoder, tokenizer, facts)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order: one, or those that its index names."""
+    if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_INDEX).is_file():
+        return [folder / WEIGHTS]
+    index = folder / WEIGHTS_INDEX
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise F2Error(f"{index} has no weight_map; copy the folder again from the model's source.")
+    for name in names.values():
+        # A path would read files from outside the folder, another ending a pickle.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise F2Error(
+                f"{index} names {name!r}, expected a safetensors file beside it; use another model."
+            )
+    return [folder / name for name in sorted(set(names.values()))]
+
+
 def load_decoder(folder: Path) -> Decoder:
-    """The decoder of any Qwen3 folder with one safetensors file, in float32 and evaluation mode."""
+    """The decoder of any Qwen3 folder with safetensors, in float32 and evaluation mode.
+
+    A language model's output head is left out.
+    """
     config = config_from_json(read_object(folder / "config.json"), f"{folder}/config.json")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise F2Error(
-            f"{folder / WEIGHTS} cannot be read ({error}); copy or make the folder again."
-        ) from None
-    state = {
-        name.removeprefix("model."): t.float() for name, t in tensors.items() if name != "lm_head.weight"
-    }
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            tensors = load_file(path)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise F2Error(f"{path} cannot be read ({error}); copy or make the folder again.") from None
+        # File by file, so that no more than one is in memory in its own precision as well.
+        state |= {name.removeprefix("model."): t.float() for name, t in tensors.items() if name != HEAD}
     with torch.device("meta"):
         decoder = Decoder(config)
     _check_shapes(decoder.state_dict(), state, folder / WEIGHTS)

@@ -1,254 +1,291 @@
-"""Training: sampler -> batch -> objective -> step -> checkpoint.
+"""The training loop: sampler -> batch -> objective -> gradients -> step -> checkpoint.
 
-`train` is a plain loop over steps. A step makes its batch from (seed, step), computes each distinct text once,
-takes the objective of the vectors, and moves the weights; nothing outside the checkpoint is carried from one step
-to the next, so a run that is killed and continued ends in the same bits.
+`train` is a plain loop over steps. A step makes its batch from (seed, step), computes each distinct text once, takes
+the objective of the vectors, and moves the weights; nothing outside the checkpoint is carried from one step to the
+next, so a run that is killed and continued ends in the same bits. Every rank runs the same loop; who computes what is
+step.py's affair.
+
+Shape suffixes: N texts of a batch, D dims.
 """
 
-import json
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from f2llm.data.rows import Source, read_rows
-from f2llm.errors import F2Error, UsageError
-from f2llm.files import write_text
-from f2llm.model.decoder import Decoder, DecoderConfig, initialise
-from f2llm.model.folder import Model, ModelFacts, load_model, model_size, save_model
-from f2llm.model.tokenizer import EOS, encode, load_tokenizer
+from f2llm.model.folder import Model
 from f2llm.progress import progress
 from f2llm.recipe import TrainStage
-from f2llm.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
-from f2llm.train.objective import Roles, contrastive_terms, distillation_terms, matryoshka_sizes
-from f2llm.train.sampler import Batch, Sampler, load_sources
+from f2llm.train.checkpoint import (
+    MAY_DIFFER,
+    MUST_MATCH,
+    check_same,
+    find_checkpoint,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
+from f2llm.train.lora import merge_lora
+from f2llm.train.memory import tokens_per_microbatch
+from f2llm.train.optim import learning_rate_at
+from f2llm.train.ranks import ALONE, Ranks, on_main
+from f2llm.train.sampler import Batch, Sampler, SourceRows
+from f2llm.train.step import Ids, accumulate_gradients, vectors_of
+from f2llm.train.terms import Terms, make_loss, token_ids
+from f2llm.train.training import Teacher, Training, begin, begin_teacher
+from f2llm.train.trials import Trial, prepare
+from f2llm.train.validate import Best, best_so_far, validate
+from f2llm.train.watch import (
+    Log,
+    Record,
+    check_finite,
+    check_spread,
+    memory_gigabytes,
+    note,
+    open_log,
+    read_log,
+    spread,
+)
+from f2llm.train.watchdog import watchdog, watched
 
-BETAS = (0.9, 0.98)
-
-
-def train_stage(
-    config: TrainStage,
-    *,
-    data: Path,
-    base: Path | None,
-    tokenizer: Path | None,
-    teacher: Path | None,
-    out: Path,
-    seed: int,
-    recipe_hash: str,
-) -> dict[str, Any]:
-    """Train a model on canonical rows and leave a complete model folder in `out`.
-
-    Args:
-        data: folder of canonical rows.
-        base: model folder to start from, or None for random weights of `config.shape`.
-        tokenizer: folder of the tokenizer that random weights start with.
-        teacher: model folder to distil from, or None.
-    """
-    table, sources = read_rows(data)
-    rows = load_sources(table, sources, config.formats)
-    model = load_model(base) if base else _random_model(config, tokenizer, seed)
-    sampler = Sampler(
-        rows,
-        seed=seed,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        hard_negatives=config.hard_negatives.model_dump(),
-        instructions=config.instructions,
-        document_instruction_rate=config.document_instruction_rate,
-        source_weights=config.source_weights,
-    )
-    log = train(config, model, sampler, load_model(teacher) if teacher else None, out)
-    facts = ModelFacts(
-        eos_id=model.facts.eos_id,
-        max_length=config.max_length,
-        matryoshka_sizes=_sizes(config, model.decoder),
-        instruction=_default_instruction([r.source for r in rows]) if config.instructions else "",
-        parent=model.facts.identity or None,
-        recipe=recipe_hash,
-        kept=model.facts.kept,
-    )
-    facts = save_model(out, Model(model.decoder, model.tokenizer, facts))
-    drop_checkpoints(out / "checkpoints")
-    return {
-        "parameters": model_size(model.decoder),
-        "threads": torch.get_num_threads(),  # another number may give other last bits
-        "identity": facts.identity,
-        "last": log,
-    }
+LOOK_EVERY = 50  # steps between two looks at whether the vectors have collapsed
+SECONDS_OF_A_PHASE = 1200.0  # that a step, a validation or a checkpoint of several ranks may take at most
+PROBED_STEPS = 8  # batches looked at to learn how many tokens one has
+# Settings that may change between two parts of a run: they say how it is kept and watched, not what it computes.
+NOT_COMPUTED = {"checkpoint_every", "keep_checkpoints", "tensorboard"}
 
 
-def _random_model(config: TrainStage, tokenizer_folder: Path | None, seed: int) -> Model:
-    assert config.shape is not None and tokenizer_folder is not None  # the recipe sees to it
-    tokenizer = load_tokenizer(tokenizer_folder / "tokenizer.json")
-    shape = config.shape
-    decoder = Decoder(
-        DecoderConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-        )
-    )
-    initialise(decoder, torch.Generator().manual_seed(seed))
-    eos_id = tokenizer.token_to_id(EOS)
-    if eos_id is None:
-        raise F2Error(
-            f"{tokenizer_folder}/tokenizer.json has no token {EOS}; make it with a tokenizer stage."
-        )
-    return Model(
-        decoder, tokenizer, ModelFacts(eos_id, config.max_length, [shape.hidden_size], instruction="")
-    )
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from step to step."""
 
+    config: TrainStage  # its `steps` are the run's
+    training: Training
+    teacher: Teacher | None
+    tokens_per_microbatch: int
+    out: Path
+    ranks: Ranks
 
-def _sizes(config: TrainStage, decoder: Decoder) -> list[int]:
-    width = decoder.config.hidden_size
-    return matryoshka_sizes(width) if config.matryoshka else [width]
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
 
-
-def _default_instruction(sources: list[Source]) -> str:
-    """The instruction of the largest retrieval source: what a query without an instruction of its own gets."""
-    retrieval = [s for s in sources if s.format == "retrieval"] or sources
-    return max(retrieval, key=lambda source: source.rows).instruction
-
-
-def make_optimizer(decoder: Decoder, config: TrainStage) -> torch.optim.Optimizer:
-    """AdamW; norm weights do not decay."""
-    norms = [p for name, p in decoder.named_parameters() if name.endswith("norm.weight")]
-    others = [p for name, p in decoder.named_parameters() if not name.endswith("norm.weight")]
-    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=True)
-
-
-def learning_rate_at(config: TrainStage, step: int) -> float:
-    """Linear warm-up, then the schedule, which would reach zero one step after the last (or constant)."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress_made = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    decay = {
-        "constant": 1.0,
-        "linear": 1.0 - progress_made,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress_made)),
-    }
-    return config.learning_rate * decay[config.schedule]
-
-
-def weight_of(config: TrainStage, term: str) -> float:
-    return config.distillation_weight if term == "distillation" else 1.0
-
-
-def taught_dimensions(config: TrainStage, model: Model, teacher: Model) -> Tensor:
-    """Which of the teacher's dimensions the student's are to equal: int64 [D], D the student's width."""
-    width, teacher_width = model.decoder.config.hidden_size, teacher.decoder.config.hidden_size
-    dimensions = list(range(width))
-    if config.distillation_target == "kept":
-        kept = model.facts.kept
-        if kept is None or kept["of"] not in (teacher.facts.identity, teacher.facts.parent):
-            raise UsageError(
-                "distillation_target is 'kept', but the student was not cut from the teacher or from the model that "
-                "the teacher was trained from, so their dimensions do not correspond; take 'prefix'."
-            )
-        dimensions = kept["hidden"]
-    if max(dimensions) >= teacher_width:
-        raise UsageError(
-            f"the teacher is {teacher_width} wide, but its student of {width} is to learn its dimension "
-            f"{max(dimensions)}; take a wider teacher."
-        )
-    return torch.tensor(dimensions)
-
-
-def compute_terms(
-    config: TrainStage,
-    model: Model,
-    batch: Batch,
-    sizes: list[int],
-    teacher: Model | None = None,
-    taught: Tensor | None = None,
-) -> tuple[dict[str, Tensor], int]:
-    """The terms of the loss of one batch, with their graph, and the number of tokens computed."""
-    vectors_ND, tokens = embed(model, batch.texts, config.max_length)
-    roles = Roles(
-        torch.from_numpy(batch.query_B),
-        torch.from_numpy(batch.positive_B),
-        torch.from_numpy(batch.negative_BK),
-        torch.from_numpy(batch.same_BB),
-        batch.in_batch,
-    )
-    terms = contrastive_terms(vectors_ND, roles, sizes, config.temperature)
-    if teacher is not None and taught is not None:
-        with torch.no_grad():
-            teacher_ND = embed(teacher, batch.texts, config.max_length)[0].index_select(1, taught)
-        terms["distillation"] = distillation_terms(vectors_ND, teacher_ND, roles)
-    return terms, tokens
-
-
-def embed(model: Model, texts: list[str], max_length: int) -> tuple[Tensor, int]:
-    """Raw vectors [N, D] of texts and the number of tokens computed; longer texts are cut before EOS."""
-    ids = encode(
-        model.tokenizer, texts, eos_id=model.facts.eos_id, max_length=max_length, too_long="truncate"
-    )
-    lengths = [len(sequence) for sequence in ids]
-    return model.decoder(torch.tensor(list(chain.from_iterable(ids))), lengths), sum(lengths)
-
-
-@contextmanager
-def open_log(path: Path, done: int) -> Iterator[IO[str]]:
-    """Append to a log of one JSON object a line, without the lines of steps that a resumed run does again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < done]
-    write_text(path, "".join(line + "\n" for line in kept))
-    with open(path, "a", encoding="utf-8", buffering=1) as file:  # a line at a time, for whoever watches
-        yield file
+    @property
+    def best_checkpoint(self) -> Path:
+        """Where the weights of the best validation are kept."""
+        return self.checkpoints / "best"
 
 
 def train(
-    config: TrainStage, model: Model, sampler: Sampler, teacher: Model | None, out: Path
-) -> dict[str, Any]:
-    """Run the steps that are not done yet; changes `model.decoder` in place and returns the last step's log."""
-    decoder = model.decoder.train()
-    optimizer = make_optimizer(decoder, config)
-    done = load_checkpoint(out / "checkpoints", decoder, optimizer)
-    sizes = _sizes(config, decoder)
-    taught = taught_dimensions(config, model, teacher) if teacher else None
-    record: dict[str, Any] = {}
-    with (
-        open_log(out / "log.jsonl", done) as log,
-        progress(total=config.steps, what=f"train {out.name}", unit="step") as bar,
-    ):
+    config: TrainStage,
+    model: Model,
+    sampler: Sampler,
+    teacher: Model | None,
+    out: Path,
+    *,
+    held_out: Sequence[SourceRows] = (),
+    inputs: dict[str, str] | None = None,
+    force: bool = False,
+    ranks: Ranks = ALONE,
+) -> Record:
+    """Run the steps that are not done yet; changes `model.decoder` in place, to the weights that the run is to leave.
+
+    Args:
+        sampler: batches of the run; its seed and number of steps hold, also where `config` counts epochs.
+        out: folder of log.jsonl and, until the model is written, of the checkpoints.
+        held_out: rows for `config.validation`, by source.
+        inputs: hashes of what the run reads, by name; a run is not continued with others.
+        force: continue although data or settings changed.
+
+    Returns:
+        The last step's record.
+
+    Raises:
+        F2Error if a number is not finite, or if memory does not suffice for the worst micro-batch.
+        UsageError if the run began with other data or settings.
+    """
+    # AdamW's moments of embeddings that are no longer met fade to numbers with which a CPU computes ten times slower.
+    torch.set_flush_denormal(True)
+    config = config.model_copy(update={"steps": sampler.steps})
+    training = begin(config, model, sampler.seed, ranks)
+    taught = begin_teacher(config, model, teacher, ranks) if teacher else None
+    trials = prepare(config, held_out, sampler.seed) if config.validation else []
+    meta = _meta(config, sampler.seed, inputs or {}, ranks)
+    done, collapsed = 0, False
+    if found := find_checkpoint(out / "checkpoints", ranks):
+        then = read_meta(found)
+        check_same(then, meta, force)
+        done = load_checkpoint(found, training.state())
+        # What was found by trying is kept: another number would cut batches otherwise, and change last bits.
+        budget: int = then["tokens_per_microbatch"]
+    else:
+        most_tokens = _most_tokens(config, model, sampler) // ranks.world
+        budget = tokens_per_microbatch(model.decoder, config, most_tokens, ranks)
+    meta["tokens_per_microbatch"] = budget
+    run = Run(config, training, taught, budget, out, ranks)
+
+    record: Record = {}
+    patience = config.validation.patience if config.validation else None
+    log_file = out / "log.jsonl"
+    best = on_main(lambda: best_so_far((r for r in read_log(log_file) if r["step"] < done), patience), ranks)
+    with ExitStack() as stack:
+        stack.enter_context(watchdog(ranks, SECONDS_OF_A_PHASE))
+        log = None
+        if ranks.is_main:
+            log = stack.enter_context(open_log(log_file, done, config.tensorboard))
+        bar = stack.enter_context(progress(total=sampler.steps, what=f"train {out.name}", unit="step"))
         bar.advance(done)
-        for step in range(done, config.steps):
-            started = time.perf_counter()
-            learning_rate = learning_rate_at(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            batch = sampler[step]
-            terms, tokens = compute_terms(config, model, batch, sizes, teacher, taught)
-            loss = torch.stack([weight_of(config, name) * term for name, term in terms.items()]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise F2Error(
-                    f"the loss at step {step} of {out.name} is {loss.item()} (gradient norm {norm.item()}); "
-                    "lower learning_rate or lengthen warmup_steps."
-                )
-            optimizer.step()
-            record = {"step": step, "source": batch.source, "loss": loss.item()}
-            record |= {name: term.item() for name, term in terms.items()}
-            record |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
-            record["tokens_per_second"] = tokens / (time.perf_counter() - started)
-            log.write(json.dumps(record) + "\n")
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                save_checkpoint(out / "checkpoints", step + 1, decoder, optimizer)
-            bar.advance(1, note=f"loss {loss.item():.3f}")
-    decoder.eval()
+        for step, batch, ids in _batches(sampler, model, config.max_length, done, ranks):
+            if trials and step % config.validation.every == 0:  # type: ignore[union-attr]
+                best = _validate(run, trials, step, best, log)
+                if best.stop:
+                    break
+            with watched("step", ranks, step):
+                record, vectors_ND = _step(run, step, batch, ids)
+            collapsed = _look(run, batch, vectors_ND, record, log, collapsed)
+            if log:
+                log.write(record)
+            bar.advance(1, note=note(record))
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < sampler.steps:
+                with watched("save a checkpoint", ranks):
+                    save_checkpoint(
+                        run.checkpoints, step + 1, training.state(), meta, config.keep_checkpoints, ranks
+                    )
+        else:
+            if trials:
+                best = _validate(run, trials, sampler.steps, best, log)
+    _leave(run, best)
     return record
+
+
+def _batches(
+    sampler: Sampler, model: Model, max_length: int, done: int, ranks: Ranks
+) -> Iterator[tuple[int, Batch, Ids]]:
+    """Steps not done yet with their batches and token ids; beside a GPU, the next ones are made while it works."""
+
+    def make(step: int) -> tuple[int, Batch, Ids]:
+        batch = sampler[step]
+        return step, batch, token_ids(model, batch.texts, max_length)
+
+    if ranks.device.type == "cpu":  # where another busy thread would take its time from the computation
+        yield from map(make, range(done, sampler.steps))
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, done) if done < sampler.steps else None
+        while coming:
+            ready = coming.result()
+            step = ready[0] + 1
+            coming = pool.submit(make, step) if step < sampler.steps else None
+            yield ready
+
+
+def _step(run: Run, step: int, batch: Batch, ids: Ids) -> tuple[Record, Tensor]:
+    """One optimizer step: its record, and the raw vectors [N, D] of its texts before it."""
+    config, training, ranks = run.config, run.training, run.ranks
+    optimizer = training.optimizer
+    started = time.perf_counter()
+    learning_rate = learning_rate_at(config, step)
+    optimizer.set_learning_rate(learning_rate)
+    optimizer.zero_grad()
+    optimizer.prepare(torch.tensor(list(chain.from_iterable(ids))))
+    teacher_ND = None
+    if run.teacher:
+        teacher_ND = run.teacher.vectors(batch.texts, config.max_length, run.tokens_per_microbatch, ranks)
+    terms: Terms = {}
+    loss_of = make_loss(config, batch, teacher_ND, training.temperature, terms)
+    loss, vectors_ND = accumulate_gradients(
+        training.model.decoder, ids, loss_of, run.tokens_per_microbatch, ranks
+    )
+    norm = optimizer.clip(config.clip_norm)
+    check_finite(
+        step, loss.item(), norm.item(), run.out.name, source=batch.source, checkpoints=run.checkpoints
+    )
+    optimizer.step()
+    training.after_step(step)
+    record = {"step": step, "source": batch.source, "loss": loss.item()}
+    record |= {name: term.item() for name, term in terms.items()}
+    record |= {"gradient_norm": norm.item(), "learning_rate": learning_rate}
+    if config.learn_temperature:
+        record["temperature"] = training.temperature.item()
+    record["tokens_per_second"] = sum(map(len, ids)) / (time.perf_counter() - started)
+    record["memory_gigabytes"] = memory_gigabytes(ranks.device)
+    return record, vectors_ND
+
+
+def _look(run: Run, batch: Batch, vectors_ND: Tensor, record: Record, log: Log | None, ongoing: bool) -> bool:
+    """Now and then, whether the vectors of a batch of texts that mean different things have collapsed."""
+    if not batch.in_batch or record["step"] % LOOK_EVERY:
+        return ongoing
+    seen = spread(vectors_ND)
+    record |= seen._asdict()
+    sentence = check_spread(
+        seen,
+        step=record["step"],
+        warmup_steps=run.config.warmup_steps,
+        where=run.out.name,
+        ongoing=ongoing,
+    )
+    if sentence and log and not ongoing:
+        log.alarm(record["step"], sentence)
+    return sentence is not None
+
+
+def _validate(run: Run, trials: Sequence[Trial], step: int, best: Best, log: Log | None) -> Best:
+    """Score the weights after `step` steps; if the run may stop early, keep the best."""
+    config, model = run.config, run.training.model
+
+    def encode(texts: list[str]) -> Tensor:
+        ids = token_ids(model, texts, config.max_length)
+        return vectors_of(model.decoder, ids, run.tokens_per_microbatch, run.ranks)
+
+    def terms_of(batch: Batch, vectors_ND: Tensor) -> dict[str, float]:
+        terms: Terms = {}
+        make_loss(config, batch, None, run.training.temperature, terms)(vectors_ND)
+        return {name: term.item() for name, term in terms.items()}
+
+    with run.training.finished(), watched("validate", run.ranks, step):
+        figures = validate(encode, trials, terms_of)
+        best = best.after(figures["score"], step)
+        if best.patience and best.step == step:
+            weights = {"model": model.decoder.state_dict()}
+            save_checkpoint(run.best_checkpoint, step, weights, {}, 1, run.ranks)
+    if log:
+        log.write({"step": step, "validation": figures})
+    return best
+
+
+def _leave(run: Run, best: Best) -> None:
+    """Leave the decoder with the weights that the run was for: the best, or the last, averaged if asked for."""
+    decoder = run.training.model.decoder
+    run.training.finish()
+    if best.patience and (found := find_checkpoint(run.best_checkpoint, run.ranks)):
+        load_checkpoint(found, {"model": decoder.state_dict()})
+    if run.config.lora:
+        merge_lora(decoder)
+    decoder.eval()
+
+
+def _most_tokens(config: TrainStage, model: Model, sampler: Sampler) -> int:
+    """More tokens than a batch is likely to have, from a look at some; one that has more is only cut once more."""
+    steps = range(0, sampler.steps, max(1, sampler.steps // PROBED_STEPS))
+    seen = [sum(map(len, token_ids(model, sampler[step].texts, config.max_length))) for step in steps]
+    return 3 * max(seen) // 2
+
+
+def _meta(config: TrainStage, seed: int, inputs: dict[str, str], ranks: Ranks) -> dict[str, Any]:
+    """What a checkpoint says of its run: what must not change when it goes on, and what may."""
+    recipe = config.model_dump(mode="json", exclude=NOT_COMPUTED)
+    versions = {library: version(library) for library in ("f2llm", "torch", "tokenizers")}
+    may_differ = {"ranks": ranks.world, "threads": torch.get_num_threads(), "device": ranks.device.type}
+    return {
+        MUST_MATCH: {"recipe": recipe, "seed": seed, "inputs": inputs},
+        MAY_DIFFER: may_differ | versions,
+    }

@@ -1,0 +1,103 @@
+"""How many tokens to compute at once: what memory allows, tried on the worst case before the first step.
+
+A run must not die at step 5,000 because the longest texts met in one micro-batch. So the budget of tokens is chosen
+from the memory that is free and from what a token costs in the graph, and then the worst micro-batch that it admits
+is computed, forward and backward. No random number is drawn and no weight moves.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from f2llm.errors import F2Error
+from f2llm.model.batches import forward
+from f2llm.model.decoder import Decoder
+from f2llm.progress import say
+from f2llm.recipe import TrainStage
+from f2llm.train.ranks import Ranks, collect
+
+SHARE_OF_FREE = 0.5  # of the memory that is free at the start; the rest is for what others and we take later
+GRAPH_TO_PEAK = 1.5  # the backward pass holds its own buffers beside the graph
+STATES_OF_ADAMW = 3  # gradient and two moments, each as large as the weights
+
+
+def tokens_per_microbatch(decoder: Decoder, config: TrainStage, most_tokens: int, ranks: Ranks) -> int:
+    """The recipe's budget of tokens, or the largest that fits; tried, and on every rank the same.
+
+    Args:
+        most_tokens: more than this is never needed, since no batch has so many.
+
+    Raises:
+        F2Error if not even the recipe's budget, or one text of `config.max_length` tokens, can be computed.
+    """
+    budget = config.tokens_per_microbatch or min(_estimate(decoder, config.max_length, ranks), most_tokens)
+    budget = min(collect(budget, ranks))
+    while not _all_can(decoder, budget, config.max_length, ranks):
+        if config.tokens_per_microbatch or budget <= config.max_length:
+            raise F2Error(
+                f"a micro-batch of {max(budget, config.max_length)} tokens does not fit into the memory of "
+                f"{ranks.device}; lower tokens_per_microbatch or max_length, or set activation_checkpointing."
+            )
+        budget //= 2
+    say(f"micro-batches of at most {budget:,} tokens")
+    return budget
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU, or of the machine and of its container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        free.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free.append(int(text) - int(used.read_text()))
+    return min(free)
+
+
+def graph_bytes(decoder: Decoder, length: int) -> int:
+    """Bytes that the graph of one text of `length` tokens holds for the backward pass, beside the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    held: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        forward(decoder, [[0] * length])
+    return sum(held.values())
+
+
+def _estimate(decoder: Decoder, max_length: int, ranks: Ranks) -> int:
+    """The largest power of two of tokens whose graph should fit, at least `max_length`."""
+    length = min(
+        max_length, 256
+    )  # enough for the cost of a token; attention keeps nothing of the order of its square
+    weights = sum(p.numel() * p.element_size() for p in decoder.parameters()) // ranks.world
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.device.type == "cpu" else 1  # torchrun's
+    free = SHARE_OF_FREE * free_memory(ranks.device) / here - STATES_OF_ADAMW * weights
+    tokens = free / (GRAPH_TO_PEAK * graph_bytes(decoder, length) / length)
+    return max(max_length, 1 << max(0, int(tokens).bit_length() - 1))
+
+
+def _all_can(decoder: Decoder, budget: int, max_length: int, ranks: Ranks) -> bool:
+    """Whether every rank can compute the worst micro-batch of a budget: as many of the longest texts as it admits."""
+    try:
+        vectors_MD = forward(decoder, [[0] * max_length] * max(1, budget // max_length))
+        vectors_MD.backward(torch.zeros_like(vectors_MD))
+        fits = True
+    except (torch.OutOfMemoryError, MemoryError):
+        fits = False
+    except RuntimeError as error:  # what torch's allocator on the CPU raises
+        if "not enough memory" not in str(error):
+            raise
+        fits = False
+    decoder.zero_grad(set_to_none=True)
+    return all(collect(fits, ranks))

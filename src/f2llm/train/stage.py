@@ -1,0 +1,154 @@
+"""Training as a stage of a run: canonical rows and a base model in, a complete model folder out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from f2llm.data.rows import Source, read_rows
+from f2llm.errors import F2Error
+from f2llm.model.base import load_base
+from f2llm.model.decoder import Decoder, DecoderConfig, initialise
+from f2llm.model.folder import Model, ModelFacts, model_size, save_model
+from f2llm.model.sanity import check_base
+from f2llm.model.tokenizer import EOS, load_tokenizer
+from f2llm.progress import say
+from f2llm.recipe import TrainStage
+from f2llm.train.checkpoint import drop_checkpoints
+from f2llm.train.ranks import ALONE, Ranks, on_main, same_on_all, whole_weights
+from f2llm.train.sampler import Sampler
+from f2llm.train.sources import SourceRows, hold_out, load_sources
+from f2llm.train.terms import trained_sizes
+from f2llm.train.trainer import train
+
+
+def train_stage(
+    config: TrainStage,
+    *,
+    data: Path,
+    base: str | Path | None,
+    tokenizer: Path | None,
+    teacher: str | Path | None,
+    out: Path,
+    seed: int,
+    recipe_hash: str,
+    inputs: dict[str, str] | None = None,
+    force: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Train a model on canonical rows and leave a complete model folder in `out`; every rank calls it.
+
+    Args:
+        data: folder of canonical rows.
+        base: model to start from (see `load_base`), or None for random weights of `config.shape`.
+        tokenizer: folder of the tokenizer that random weights start with.
+        teacher: model to distil from, or None.
+        inputs: hashes of what the stage reads, by name; a run is not continued with others, unless `force`.
+
+    Returns:
+        Facts for the manifest.
+    """
+    same_on_all(recipe_hash, "the recipe's hash", ranks)
+    table, sources = read_rows(data)
+    rows, held_out = split(config, load_sources(table, sources, config.formats), seed)
+    model = open_base(config, base, tokenizer, seed, ranks)
+    sampler = make_sampler(config, rows, seed)
+    record = train(
+        config,
+        model,
+        sampler,
+        load_base(teacher) if teacher else None,
+        out,
+        held_out=held_out,
+        inputs=inputs,
+        force=force,
+        ranks=ranks,
+    )
+    facts = ModelFacts(
+        eos_id=model.facts.eos_id,
+        max_length=config.max_length,
+        matryoshka_sizes=trained_sizes(config, model.decoder.config.hidden_size),
+        instruction=_default_instruction([r.source for r in rows]) if config.instructions else "",
+        parent=model.facts.identity or None,
+        recipe=recipe_hash,
+        kept=model.facts.kept,
+    )
+    whole = Model(whole_weights(model.decoder, ranks), model.tokenizer, facts)
+    facts = on_main(lambda: save_model(out, whole), ranks)
+    on_main(lambda: drop_checkpoints(out / "checkpoints"), ranks)
+    return {
+        "parameters": model_size(whole.decoder),
+        "threads": torch.get_num_threads(),  # another number may give other last bits
+        "ranks": ranks.world,
+        "identity": facts.identity,
+        "last": record,
+    }
+
+
+def split(config: TrainStage, rows: list[SourceRows], seed: int) -> tuple[list[SourceRows], list[SourceRows]]:
+    """The rows to train on, and those held out for validation, by source."""
+    if not config.validation:
+        return rows, []
+    pairs = [hold_out(source, config.validation.rows, seed) for source in rows]
+    return [train for train, _ in pairs], [held for _, held in pairs]
+
+
+def make_sampler(config: TrainStage, rows: list[SourceRows], seed: int) -> Sampler:
+    return Sampler(
+        rows,
+        seed=seed,
+        steps=config.steps,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        hard_negatives=config.hard_negatives.model_dump(),
+        instructions=config.instructions,
+        document_instruction_rate=config.document_instruction_rate,
+        source_weights=config.source_weights,
+        cap=config.cap,
+        cap_by=config.cap_by,
+        language_temperature=config.language_temperature,
+    )
+
+
+def open_base(
+    config: TrainStage, base: str | Path | None, tokenizer: Path | None, seed: int, ranks: Ranks
+) -> Model:
+    """The model to start from: an earlier one, looked over for what would spoil the run, or random weights."""
+    if base is None:
+        return _random_model(config, tokenizer, seed)
+    model = load_base(base)
+    for sentence in check_base(model) if ranks.is_main else ():
+        say(f"warning: {sentence}")
+    return model
+
+
+def _random_model(config: TrainStage, tokenizer_folder: Path | None, seed: int) -> Model:
+    assert config.shape is not None and tokenizer_folder is not None  # the recipe sees to it
+    tokenizer = load_tokenizer(tokenizer_folder / "tokenizer.json")
+    shape = config.shape
+    decoder = Decoder(
+        DecoderConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )
+    )
+    initialise(decoder, torch.Generator().manual_seed(seed))
+    eos_id = tokenizer.token_to_id(EOS)
+    if eos_id is None:
+        raise F2Error(
+            f"{tokenizer_folder}/tokenizer.json has no token {EOS}; make it with a tokenizer stage."
+        )
+    return Model(
+        decoder, tokenizer, ModelFacts(eos_id, config.max_length, [shape.hidden_size], instruction="")
+    )
+
+
+def _default_instruction(sources: list[Source]) -> str:
+    """The instruction of the largest retrieval source: what a query without an instruction of its own gets."""
+    retrieval = [s for s in sources if s.format == "retrieval"] or sources
+    return max(retrieval, key=lambda source: source.rows).instruction
