@@ -227,16 +227,16 @@ def test_what_does_not_fit_comes_with_what_helps(tmp_path: Path) -> None:
     def problem_of(machine: Machine, base: str = "nowhere/Qwen3-4B/", **changes: Any) -> str | None:
         return only(recipe_of(tmp_path, train=training(base, **changes)), machine).problem
 
-    problem = problem_of(Machine(1)) or ""
-    assert problem.startswith("stage 'train' needs ") and "but h100 has 79.6 GiB; " in problem
+    problem = problem_of(Machine(2, "a100-40gb")) or ""
+    assert problem.startswith("stage 'train' needs ") and "but a100-40gb has 40.0 GiB; " in problem
     assert problem.endswith(
-        "; set activation_checkpointing: true or take 2 GPUs or take GPUs of the kind h200."
+        "; set activation_checkpointing: true or take 4 GPUs or take GPUs of the kind l40s."
     )
-    assert problem_of(Machine(1), activation_checkpointing=True) is None
-    assert problem_of(Machine(2)) is None
-    assert problem_of(Machine(1, "h200")) is None
-    eight = problem_of(Machine(1), "nowhere/8B/") or ""
-    assert "take 4 GPUs" in eight and "activation_checkpointing" not in eight
+    assert problem_of(Machine(2, "a100-40gb"), activation_checkpointing=True) is None
+    assert problem_of(Machine(4, "a100-40gb")) is None
+    assert problem_of(Machine(2, "l40s")) is None
+    one = problem_of(Machine(1), "nowhere/8B/") or ""
+    assert "take 2 GPUs" in one and "activation_checkpointing" not in one
     hopeless = problem_of(Machine(1, "rtx4090"), "nowhere/14B/", batch_size=2) or ""
     assert hopeless.endswith("; train with lora, or shorten max_length.")
 
@@ -261,7 +261,7 @@ def test_the_command_fails_where_a_stage_does_not_fit(tmp_path: Path) -> None:
     write_text(
         tmp_path / "recipe.yaml",
         "name: large\noutput: out\nstages:\n  train:\n"
-        + "".join(f"    {key}: {json.dumps(value)}\n" for key, value in training("nowhere/4B/").items()),
+        + "".join(f"    {key}: {json.dumps(value)}\n" for key, value in training("nowhere/8B/").items()),
     )
     arguments = ["plan", str(tmp_path / "recipe.yaml"), "--json"]
     done = CliRunner().invoke(app, arguments)

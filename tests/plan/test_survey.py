@@ -130,7 +130,7 @@ def test_a_sample_stands_for_the_source(settings: Settings, tmp_path: Path) -> N
 def test_the_samplers_batches_have_the_surveyed_size(
     settings: Settings, tokenizer: Tokenizer, rows_folder: Path, tmp_path: Path
 ) -> None:
-    """Tokens of 90 real batches, whose texts are computed once each, so that they have somewhat fewer."""
+    """Tokens of 90 real batches: somewhat fewer, since texts are computed once each; 3 % more or less by chance."""
     path = tmp_path / "tokenizer.json"
     write_text(path, tokenizer.to_str())
     stage = settings(steps=90, batch_size=8, max_length=512)
@@ -139,8 +139,8 @@ def test_the_samplers_batches_have_the_surveyed_size(
     real = [len(encoded.ids) for step in range(90) for encoded in tokenizer.encode_batch(batches[step].texts)]
     found = survey(stage, rows_folder, path, None, 1)
     assert found.rows == table.num_rows
-    assert 0.85 * found.query.tokens < sum(real) / (90 * 8) <= found.query.tokens
-    assert 0.85 * found.query.texts < len(real) / (90 * 8) <= found.query.texts
+    assert 0.85 * found.query.tokens < sum(real) / (90 * 8) < 1.03 * found.query.tokens
+    assert 0.85 * found.query.texts < len(real) / (90 * 8) < 1.03 * found.query.texts
 
 
 def test_what_is_not_there_is_assumed(settings: Settings, tmp_path: Path) -> None:

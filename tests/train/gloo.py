@@ -1,7 +1,5 @@
 """Real ranks for tests: a function of a test file, run by processes that meet over gloo, and never a hang."""
 
-import importlib.util
-import inspect
 import os
 import pickle
 import socket
@@ -51,8 +49,7 @@ def end_of_ranks(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        call = (inspect.getsourcefile(function), function.__name__, arguments)
-        (folder / "call").write_bytes(pickle.dumps(call))
+        (folder / "call").write_bytes(pickle.dumps((function, arguments)))
         processes = [_start(rank, world, folder, port) for port in [_free_port()] for rank in range(world)]
         try:
             deadline = time.monotonic() + timeout
@@ -102,14 +99,9 @@ def _end(code: int, rank: int, folder: Path) -> Ended:
 
 def _run(folder: Path) -> None:
     """The whole life of one rank."""
-    path, name, arguments = pickle.loads((folder / "call").read_bytes())
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    function, arguments = pickle.loads((folder / "call").read_bytes())
     with join(timeout=100) as ranks:
-        result = getattr(module, name)(ranks, *arguments)
+        result = function(ranks, *arguments)
     (folder / f"result-{ranks.rank}").write_bytes(pickle.dumps(result))
 
 

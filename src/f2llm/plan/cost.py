@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from f2llm.model.decoder import DecoderConfig
 from f2llm.recipe import Lora, TrainStage
+from f2llm.train.memory import FP32, sums_each
 from f2llm.train.objective import SCORES_AT_ONCE, matryoshka_sizes
 
 GIB = 1 << 30
-FP32 = 4  # bytes
 
 # --- GPUs
 
@@ -204,14 +204,15 @@ def memory_per_gpu(
         "moving average (float32)": FP32 * placed.trained_local if stage.ema else 0,
     }
     if ranks > 1 or stage.precision != "fp32":
-        # While a step has more than one micro-batch, FSDP2 keeps weights gathered, and sums gradients of whole
-        # layers in float32 until the last one has been added.
+        # While a step has more than one micro-batch, a rank keeps weights as gathered, and adds up whole gradients in
+        # float32 until the last one, if there is room for that.
         several = budget < most_tokens(stage, batch, ranks)
-        if several:
+        whole = several and not sums_each(placed.total, placed.trained, width, gpu.memory_gib * GIB)
+        if whole:
             items["gradients (float32)"] = FP32 * placed.trained
         group = max(placed.largest_layer, placed.table) if placed.trained == placed.total else 0
-        gathered = placed.total if several else 2 * placed.largest_layer + placed.table
-        items[f"gathered weights ({'all' if several else 'two layers and the table'})"] = width * gathered
+        gathered = placed.total if whole else 2 * placed.largest_layer + placed.table
+        items[f"gathered weights ({'all' if whole else 'two layers and the table'})"] = width * gathered
         items["gradients on their way to other ranks"] = (width + FP32) * group
     items["saved activations"] = saved
     items["backward pass of one layer"] = backward

@@ -37,9 +37,7 @@ def keep_apart(text_P2: np.ndarray, batch_P: np.ndarray, fixed_P: np.ndarray, fi
         int64 [P]: which of the rows comes to each place.
     """
     alike_P = text_P2[:, 0] == text_P2[:, 1]
-    if (
-        alike_P.any()
-    ):  # such a row has one text, and does not clash with itself: the other gets a number of its own
+    if alike_P.any():  # one text, which does not clash with itself: the positive gets a number of its own
         text_P2 = text_P2.copy()
         text_P2[alike_P, 1] = text_P2.max() + 1 + np.arange(alike_P.sum())
     suspects, spread_T = _suspects(text_P2, batch_P)
@@ -110,20 +108,17 @@ class Seats:
             if self.looks_left[home] < 0:
                 return
             other = (home + 1 + (seat + step) % (self.batches - 1)) % self.batches
-            there, start, size = (
-                self.held(other),
-                self.start[other],
-                self.start[other + 1] - self.start[other],
-            )
+            there, start = self.held(other), self.start[other]
             if not self.may_go(texts, here, there):
                 continue
+            size = self.start[other + 1] - start
             for partner in (start + (seat + number) % size for number in range(size)):
                 self.looks_left[home] -= 1
                 if not self.fixed[partner] and self.may_go(self.texts(partner), there, here):
                     yield partner
 
     def may_go(self, texts: tuple[int, int], here: Counter[int], there: Counter[int]) -> bool:
-        """Whether no text of a row here meets itself there, save one that all batches hold, this one without it too."""
+        """Whether no text of a row here meets itself there; one that all batches hold may, if this one keeps it too."""
         for t in texts:  # noqa: SIM110 - all(...) takes twice as long
             if t in there and (here[t] == 1 or self.spread[t] < self.batches):
                 return False

@@ -7,12 +7,11 @@ Shape suffixes: B rows of a batch.
 """
 
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from f2llm.train.sources import SourceRows
+from f2llm.train.sources import SourceRows, rows_by
 
 ATTEMPTS = 32  # draws of a clustering negative before all texts of other labels are gone through
 
@@ -106,9 +105,7 @@ def right_too(
         known to be right for query i, in ascending order, in retrieval.
     """
     given = list(positives) if rows.is_retrieval else [str(rows.label[row]) for row in row_B]
-    columns: dict[str, list[int]] = defaultdict(list)
-    for column, value in enumerate(given):
-        columns[value].append(column)
+    columns = {value: np.asarray(places) for value, places in rows_by(given).items()}
     same_BB = np.zeros((len(row_B), len(row_B)), dtype=bool)
     known = []
     for i, row in enumerate(row_B):

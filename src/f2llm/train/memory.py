@@ -1,8 +1,11 @@
-"""How many tokens to compute at once: what memory allows, tried on the worst case before the first step.
+"""How a step is cut to fit into memory, chosen before the first one.
 
 A run must not die at step 5,000 because the longest texts met in one micro-batch. So the budget of tokens is chosen
 from the memory that is free and from what a token costs in the graph, and then the worst micro-batch that it admits
 is computed, forward and backward. No random number is drawn and no weight moves.
+
+Between micro-batches a large model leaves no room for whole gradients: whether it does follows from its size and the
+memory of a GPU alone (`sums_each`), so that a plan says the same as the run does.
 """
 
 import os
@@ -15,8 +18,12 @@ from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder
 from f2llm.progress import say
 from f2llm.recipe import TrainStage
+from f2llm.train.optim import is_sharded
 from f2llm.train.ranks import Ranks, collect
+from f2llm.train.training import precision_of
 
+FP32 = 4  # bytes
+SHARE_FOR_WHOLE = 0.25  # of a rank's memory, for weights and gradients that are whole between micro-batches
 SHARE_OF_FREE = 0.5  # of the memory that is free at the start; the rest is for what others and we take later
 GRAPH_TO_PEAK = 1.5  # the backward pass holds its own buffers beside the graph
 STATES_OF_ADAMW = 3  # gradient and two moments, each as large as the weights
@@ -44,6 +51,33 @@ def tokens_per_microbatch(decoder: Decoder, config: TrainStage, most_tokens: int
     return budget
 
 
+def sums_each(parameters: int, trained: int, width: int, memory: float) -> bool:
+    """Whether ranks have to sum gradients after each micro-batch, and not after the last one of a step only.
+
+    Until they are summed, FSDP2 keeps on each rank the float32 gradients of all that is trained, and the weights as
+    they were gathered, in `width` bytes each. That saves time, as long as it takes no more than SHARE_FOR_WHOLE of the
+    `memory` of a rank (bytes).
+    """
+    return width * parameters + FP32 * trained > SHARE_FOR_WHOLE * memory
+
+
+def choose_sum_each(decoder: Decoder, config: TrainStage, ranks: Ranks) -> bool:
+    """`sums_each` for a decoder that is to be trained on these ranks; on every one the same."""
+    sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
+    width = FP32 if precision_of(config, ranks) == "fp32" else 2
+    return sums_each(parameters, trained, width, min(collect(_memory(ranks), ranks)))
+
+
+def _memory(ranks: Ranks) -> float:
+    """Bytes that a rank could take if nothing else ran."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_properties(ranks.device).total_memory
+    limit = _container_limit()
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (machine if limit is None else min(machine, limit)) / _ranks_here(ranks)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take: of the GPU, or of the machine and of its container's limit."""
     if device.type == "cuda":
@@ -53,19 +87,32 @@ def free_memory(device: torch.device) -> int:
     if meminfo.exists():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
         free.append(int(line.split()[1]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free.append(int(text) - int(used.read_text()))
+    limit, used = _container_limit(), Path("/sys/fs/cgroup/memory.current")
+    if limit is not None and used.exists():
+        free.append(limit - int(used.read_text()))
     return min(free)
+
+
+def _container_limit() -> int | None:
+    """Bytes that the container of this process may take, if it is limited."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return None if text == "max" else int(text)
+
+
+def _ranks_here(ranks: Ranks) -> int:
+    """How many ranks share the memory of this one's device; torchrun says how many it started on a machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.device.type == "cpu" else 1
 
 
 def graph_bytes(decoder: Decoder, length: int) -> int:
     """Bytes that the graph of one text of `length` tokens holds for the backward pass, beside the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
     held: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
+        # Asked for each time: a sharded decoder has the weights of a layer in one place only while it computes it.
+        weights = (p.untyped_storage().data_ptr() for p in decoder.parameters() if not is_sharded(p))
         if storage.data_ptr() not in weights:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -81,8 +128,7 @@ def _estimate(decoder: Decoder, max_length: int, ranks: Ranks) -> int:
         max_length, 256
     )  # enough for the cost of a token; attention keeps nothing of the order of its square
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters()) // ranks.world
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.device.type == "cpu" else 1  # torchrun's
-    free = SHARE_OF_FREE * free_memory(ranks.device) / here - STATES_OF_ADAMW * weights
+    free = SHARE_OF_FREE * free_memory(ranks.device) / _ranks_here(ranks) - STATES_OF_ADAMW * weights
     tokens = free / (GRAPH_TO_PEAK * graph_bytes(decoder, length) / length)
     return max(max_length, 1 << max(0, int(tokens).bit_length() - 1))
 

@@ -13,6 +13,7 @@ Shape suffixes: M rows of this rank, W rows of all ranks, P rows of the rank tha
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from f2llm.model.decoder import Decoder
 
 T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds that a collective may take; the watchdog is there to speak long before
+SECONDS_TO_LET_GO = 0.2
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ def join(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+            if ranks.device.type == "cpu":
+                # FSDP2 remembers the group, so that gloo's threads stay, and one that lets go of its last tensor while
+                # Python ends would abort the process.
+                time.sleep(SECONDS_TO_LET_GO)
 
 
 def _from_environment(name: str) -> int:

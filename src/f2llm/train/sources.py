@@ -58,12 +58,12 @@ class SourceRows:
     @cached_property
     def rows_by_label(self) -> dict[str | None, np.ndarray]:
         """Ascending row numbers (int64) of each label; None stands for rows without one."""
-        return {label: np.asarray(rows) for label, rows in _rows_by(self.label).items()}
+        return {label: np.asarray(rows) for label, rows in rows_by(self.label).items()}
 
     @cached_property
     def rows_by_language(self) -> dict[str, np.ndarray]:
         """Ascending row numbers (int64) of each language of queries."""
-        return {language: np.asarray(rows) for language, rows in _rows_by(self.query_lang).items()}
+        return {language: np.asarray(rows) for language, rows in rows_by(self.query_lang).items()}
 
     @cached_property
     def labels(self) -> list[str]:
@@ -123,8 +123,8 @@ class SourceRows:
         return len(self) + np.cumsum(count_N) - count_N, count_N
 
 
-def _rows_by(values: Sequence[Value]) -> dict[Value, list[int]]:
-    """Ascending row numbers of each value."""
+def rows_by(values: Sequence[Value]) -> dict[Value, list[int]]:
+    """Ascending numbers of the rows that have each value."""
     groups: dict[Value, list[int]] = defaultdict(list)
     for row, value in enumerate(values):
         groups[value].append(row)
@@ -163,7 +163,7 @@ def hold_out(rows: SourceRows, count: int, seed: int) -> tuple[SourceRows, Sourc
     """
     room = min(count, len(rows) // LARGEST_SHARE)
     left = Counter(rows.label)
-    groups = _rows_by(rows.query) if room > 0 else {}
+    groups = rows_by(rows.query) if room > 0 else {}
     held: list[int] = []
     for query in sorted(groups, key=lambda text: hashlib.sha256(f"{seed}\x1f{text}".encode()).digest()):
         taken = groups[query]

@@ -76,6 +76,7 @@ def accumulate_gradients(
     loss_of: Callable[[Tensor], Tensor],
     tokens_per_microbatch: int,
     ranks: Ranks = ALONE,
+    sum_each: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of a batch's loss to the decoder's parameters.
 
@@ -84,6 +85,8 @@ def accumulate_gradients(
         loss_of: the loss, a scalar, of the raw vectors [N, D] of all texts; it runs once, and what else it depends on
             gets its gradient as well.
         tokens_per_microbatch: most tokens computed at once on a rank; a longer text is computed alone.
+        sum_each: sum gradients over ranks after every micro-batch, and gather weights for each pass, which costs time
+            and spares each rank whole gradients and whole weights (see `memory.sums_each`).
 
     Returns:
         The loss, and the vectors [N, D] that it was taken of, without a graph; on every rank the same.
@@ -91,7 +94,7 @@ def accumulate_gradients(
     division = cut([len(sequence) for sequence in ids], tokens_per_microbatch, ranks)
     *again, last = division.micro_batches
     # A rank gathers weights once for all passes of a step, which pays where there are more than two.
-    with gathered(decoder) if again else nullcontext():
+    with gathered(decoder) if again and not sum_each else nullcontext():
         with torch.no_grad():
             parts = [_encode(decoder, ids, micro_batch) for micro_batch in again]
         kept_MD = _encode(decoder, ids, last)
@@ -101,11 +104,11 @@ def accumulate_gradients(
         assert vectors_ND.grad is not None
         grad_ND = vectors_ND.grad
 
-        # Gradients travel between ranks once, with the last micro-batch of all.
-        sync_gradients(decoder, not again)
+        # Gradients travel between ranks once, with the last micro-batch of all, if there is room for whole ones.
+        sync_gradients(decoder, sum_each or not again)
         kept_MD.backward(grad_ND[last])
         for number, micro_batch in enumerate(again, start=1):
-            sync_gradients(decoder, number == len(again))
+            sync_gradients(decoder, sum_each or number == len(again))
             _encode(decoder, ids, micro_batch).backward(grad_ND[micro_batch])
     return loss.detach(), vectors_ND.detach()
 

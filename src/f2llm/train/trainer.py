@@ -34,7 +34,7 @@ from f2llm.train.checkpoint import (
     save_checkpoint,
 )
 from f2llm.train.lora import merge_lora
-from f2llm.train.memory import tokens_per_microbatch
+from f2llm.train.memory import choose_sum_each, tokens_per_microbatch
 from f2llm.train.optim import learning_rate_at
 from f2llm.train.ranks import ALONE, Ranks, on_main
 from f2llm.train.sampler import Batch, Sampler, SourceRows
@@ -71,6 +71,7 @@ class Run:
     training: Training
     teacher: Teacher | None
     tokens_per_microbatch: int
+    sum_each: bool  # see `accumulate_gradients`
     out: Path
     ranks: Ranks
 
@@ -124,13 +125,15 @@ def train(
         then = read_meta(found)
         check_same(then, meta, force)
         done = load_checkpoint(found, training.state())
-        # What was found by trying is kept: another number would cut batches otherwise, and change last bits.
-        budget: int = then["tokens_per_microbatch"]
+        # What was chosen is kept: another number would cut batches otherwise, and change last bits.
+        budget = config.tokens_per_microbatch or then["tokens_per_microbatch"]
+        sum_each: bool = then["sum_each"]
     else:
         most_tokens = _most_tokens(config, model, sampler) // ranks.world
         budget = tokens_per_microbatch(model.decoder, config, most_tokens, ranks)
-    meta["tokens_per_microbatch"] = budget
-    run = Run(config, training, taught, budget, out, ranks)
+        sum_each = choose_sum_each(model.decoder, config, ranks)
+    meta |= {"tokens_per_microbatch": budget, "sum_each": sum_each}
+    run = Run(config, training, taught, budget, sum_each, out, ranks)
 
     record: Record = {}
     patience = config.validation.patience if config.validation else None
@@ -202,7 +205,7 @@ def _step(run: Run, step: int, batch: Batch, ids: Ids) -> tuple[Record, Tensor]:
     terms: Terms = {}
     loss_of = make_loss(config, batch, teacher_ND, training.temperature, terms)
     loss, vectors_ND = accumulate_gradients(
-        training.model.decoder, ids, loss_of, run.tokens_per_microbatch, ranks
+        training.model.decoder, ids, loss_of, run.tokens_per_microbatch, ranks, run.sum_each
     )
     norm = optimizer.clip(config.clip_norm)
     check_finite(

@@ -1,0 +1,74 @@
+"""What the tests of the training loop share: runs that are cut short, and logs without what the clock says."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from f2llm.data.rows import read_rows
+from f2llm.model.folder import Model
+from f2llm.recipe import TrainStage
+from f2llm.train.sampler import Batch, Sampler
+from f2llm.train.sources import SourceRows, load_sources
+from f2llm.train.stage import make_sampler, split
+from f2llm.train.watch import read_log
+
+Settings = Callable[..., TrainStage]
+Batches = Callable[[TrainStage], Sampler]
+MakeModel = Callable[..., Model]
+
+NOISE = {"tokens_per_second", "memory_gigabytes"}
+
+
+class Stopped(Sampler):
+    """The batches of another sampler, as if the run were over after `steps` of them, or with a Ctrl-C before one."""
+
+    def __init__(self, sampler: Sampler, steps: int | None = None, interrupt: int | None = None) -> None:
+        self._sampler, self._interrupt = sampler, interrupt
+        self.seed, self.steps = sampler.seed, sampler.steps if steps is None else steps
+        self.made: list[int] = []  # steps whose batch the run took, in order
+
+    def __getitem__(self, step: int) -> Batch:
+        # Before its first step a run looks at some batches, to see how many tokens they have.
+        if sys._getframe(1).f_code.co_name == "make":
+            if step == self._interrupt:
+                raise KeyboardInterrupt
+            self.made.append(step)
+        return self._sampler[step]
+
+
+def whole_log(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run's log."""
+    return [
+        {key: value for key, value in record.items() if key not in NOISE}
+        for record in read_log(folder / "log.jsonl")
+    ]
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """Those of its steps."""
+    return [record for record in whole_log(folder) if "loss" in record]
+
+
+def validations_of(folder: Path) -> dict[int, dict[str, Any]]:
+    """Its validations, by the number of steps done."""
+    return {r["step"]: r["validation"] for r in whole_log(folder) if "validation" in r}
+
+
+def weights(model: Model) -> dict[str, Tensor]:
+    """A copy of a model's weights."""
+    return {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def divided(config: TrainStage, rows_folder: Path) -> tuple[Sampler, Sequence[SourceRows]]:
+    """The batches of a run over the hand-written rows, and the rows that its validation holds out."""
+    table, sources = read_rows(rows_folder)
+    rows, held_out = split(config, load_sources(table, sources, config.formats), seed=5)
+    return make_sampler(config, rows, seed=5), held_out
