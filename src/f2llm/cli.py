@@ -16,6 +16,7 @@ import typer
 
 from f2llm import __version__, runtime
 from f2llm.errors import F2Error, UsageError, plain_errors
+from f2llm.progress import say
 
 app = typer.Typer(
     help="The open factory for multilingual text-embedding models.",
@@ -69,20 +70,29 @@ def train(
         str | None, typer.Option(help="What stands in front of queries; the base's own by default.")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the rows, at most.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=2, help="Queries in a step.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Queries in a step; 64, or fewer for few rows, by default.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="AdamW's highest; chosen by the base's width by default.")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a text; longer ones are cut.")] = 512,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of a text, longer ones are cut; 512 or the base's limit by default."
+        ),
+    ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters only.")] = False,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     force: Force = False,
 ) -> None:
-    """Fine-tune a model on your own rows; prints scores before and after on a part held out."""
+    """Fine-tune a model on your own rows; prints scores before and after on rows held out."""
+    from f2llm.train.before_after import render
     from f2llm.train.finetune import Choices, finetune
 
     choices = Choices(form, instruction, epochs, batch_size, learning_rate, max_length, lora, seed)
-    typer.echo(finetune(rows, base, out, choices, force))
+    if outcome := finetune(rows, base, out, choices, force):
+        typer.echo(render(outcome))
 
 
 @app.command()
@@ -235,18 +245,21 @@ def main() -> None:
     except F2Error as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"{_rank()}error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Interrupted:
-        typer.echo(
-            "interrupted; what was finished is kept, and a run that is started again goes on from there.",
-            err=True,
-        )
+        say("interrupted; what was finished is kept, and a run that is started again goes on from there.")
         sys.exit(1)
     except BrokenPipeError:
         # Whoever read our output has gone; what Python would still flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _rank() -> str:
+    """Who speaks, where torchrun started several of us."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

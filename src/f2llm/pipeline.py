@@ -176,10 +176,11 @@ def run(recipe: Recipe, recipe_path: Path, force: bool = False) -> Path:
     Args:
         force: go on with an interrupted training stage although its data or settings changed.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from f2llm.train.ranks import join
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from f2llm.train.ranks import join, same_on_all
 
         with join(SECONDS_BETWEEN_TRAINING) as ranks:
+            same_on_all(recipe_hash(recipe), "the recipe's hash", ranks)
             if ranks.is_main:
                 _run(recipe, recipe_path, force, ranks)
             _follow(ranks)

@@ -7,106 +7,32 @@ and the wiring in pipeline.py both read those marks (`inputs`).
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from f2llm.errors import UsageError
+from f2llm.recipe_data import FilesStage as FilesStage
+from f2llm.recipe_data import NamesStage as NamesStage
 from f2llm.recipe_errors import explain, nearest, problem
+from f2llm.recipe_fields import (
+    DATA,
+    DATA_OR_FOLDER,
+    FORMATS,
+    MODEL,
+    NAMES,
+    STAGE_OR_MODEL,
+    TOKENIZER,
+    TRAINED_OR_MODEL,
+    Strict,
+    Takes,
+)
+from f2llm.recipe_fields import HUB_NAME as HUB_NAME
+from f2llm.recipe_fields import Format as Format
+from f2llm.recipe_fields import Input as Input
 from f2llm.yaml_lines import Location, read_yaml
-
-Format = Literal["retrieval", "clustering", "classification"]
-FORMATS: list[Format] = ["retrieval", "clustering", "classification"]
-
-
-# `owner/name` or `owner/name@revision` of the Hugging Face hub.
-HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-
-
-class Takes(NamedTuple):
-    """Marks a field that names what a stage reads: earlier stages of these kinds, files and folders, hub models."""
-
-    kinds: tuple[str, ...] = ()
-    or_path: bool = False
-    or_hub: bool = False
-
-
-DATA = Takes(("names", "files"))
-DATA_OR_FOLDER = Takes(("names", "files"), or_path=True)
-NAMES = Takes(("names",))
-TOKENIZER = Takes(("tokenizer",))
-TRAINED_OR_MODEL = Takes(("train",), or_path=True, or_hub=True)
-MODEL = Takes(("train", "prune"))
-STAGE_OR_MODEL = Takes(("train", "prune"), or_path=True, or_hub=True)
-FILES = Takes(or_path=True)
-
-
-class Input(NamedTuple):
-    """One thing that a stage takes: where its config says so, the name of the stage or the path, and the mark."""
-
-    location: Location
-    name: str
-    takes: Takes
-
-    @property
-    def is_path(self) -> bool:
-        """Where both are allowed, a path is known by its slash, which no stage's name has."""
-        return self.takes.or_path and (not self.takes.kinds or "/" in self.name)
-
-    @property
-    def is_on_hub(self) -> bool:
-        """What looks like a hub model's name is one where there is no such folder."""
-        return self.takes.or_hub and bool(HUB_NAME.fullmatch(self.name)) and not Path(self.name).exists()
-
-
-class Strict(BaseModel):
-    """No unknown keys, no guessed types (`"3"` is not 3), no infinities, no changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class NamesStage(Strict):
-    """Names of territories, languages, scripts ... in every language, from Unicode CLDR, as training rows."""
-
-    stage: Literal["names"]
-    min_names: int = Field(100, ge=1, description="leave out languages with fewer names than this")
-    held_out_pairs: float = Field(
-        0.1, ge=0, lt=1, description="share of (thing, language) pairs kept for the score"
-    )
-    held_out_things: float = Field(
-        0.1, ge=0, lt=1, description="share of things kept out of training altogether"
-    )
-    positives: int = Field(8, ge=1, description="most names of the same thing written beside each name")
-    languages: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="only these languages (ISO 639-3, optional script: zho_Hant); all if left out",
-    )
-
-
-class FilesStage(Strict):
-    """A user's own rows: JSONL, CSV, TSV or Parquet."""
-
-    stage: Literal["files"]
-    files: Annotated[list[str], FILES] = Field(
-        min_length=1, description="paths, relative to the current directory"
-    )
-    format: Format = Field(description="how rows are trained on: retrieval, clustering or classification")
-    task: str = Field(
-        min_length=1, description="the kind of task, such as question answering or bitext mining"
-    )
-    instruction: str = Field(
-        min_length=1, description="what stands in front of a query when instructions are on"
-    )
-    symmetric: bool = Field(False, description="whether query and positive may change places")
-    licence: str = Field("unknown", min_length=1, description="SPDX name of the rows' licence")
-    query_lang: str = Field(
-        "und", min_length=1, description="language of the queries, such as deu or zho_Hant"
-    )
-    positive_lang: str = Field("und", min_length=1, description="language of the positives")
 
 
 class TokenizerStage(Strict):

@@ -24,7 +24,7 @@ def settings() -> Callable[..., TrainStage]:
             "instructions": True,
             "steps": 6,
             "batch_size": 12,
-            "max_length": 32,
+            "max_length": 64,  # the instructions alone take half of it
             "hard_negatives": HardNegatives(retrieval=0, clustering=2, classification=1),
             "learning_rate": 1e-2,
             "warmup_steps": 1,

@@ -1,7 +1,8 @@
 """What the tests of the training loop share: runs that are cut short, and logs without what the clock says."""
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,24 @@ NOISE = {"tokens_per_second", "memory_gigabytes"}
 
 
 class Stopped(Sampler):
-    """The batches of another sampler, as if the run were over after `steps` of them, or with a Ctrl-C before one."""
+    """The batches of another sampler; before the run takes that of a certain step, something happens."""
 
-    def __init__(self, sampler: Sampler, steps: int | None = None, interrupt: int | None = None) -> None:
-        self._sampler, self._interrupt = sampler, interrupt
-        self.seed, self.steps = sampler.seed, sampler.steps if steps is None else steps
+    def __init__(self, sampler: Sampler, before: Mapping[int, Callable[[], object]] | None = None) -> None:
+        self._sampler, self._before = sampler, before or {}
+        self.seed, self.steps, self.streams = sampler.seed, sampler.steps, sampler.streams
         self.made: list[int] = []  # steps whose batch the run took, in order
 
     def __getitem__(self, step: int) -> Batch:
         # Before its first step a run looks at some batches, to see how many tokens they have.
         if sys._getframe(1).f_code.co_name == "make":
-            if step == self._interrupt:
-                raise KeyboardInterrupt
+            self._before.get(step, lambda: None)()
             self.made.append(step)
         return self._sampler[step]
+
+
+def interrupt() -> None:
+    """A Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def whole_log(folder: Path) -> list[dict[str, Any]]:
@@ -65,6 +70,16 @@ def weights(model: Model) -> dict[str, Tensor]:
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def load_part(checkpoint: Path, part: str, into: dict[str, Tensor]) -> None:
+    """Read the tensors of one part of a checkpoint by torch's own hand."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    named = {f"{part}/{name}": tensor for name, tensor in into.items()}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this process is alone
+        load(named, storage_reader=FileSystemReader(checkpoint))
 
 
 def divided(config: TrainStage, rows_folder: Path) -> tuple[Sampler, Sequence[SourceRows]]:

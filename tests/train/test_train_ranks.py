@@ -1,25 +1,28 @@
 """Whole training runs on several ranks: they go as on one, and go on after a stop on any other number of them."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from tests.train.gloo import on_ranks
 from tests.train.runs import steps_of, validations_of
-from torch import Tensor
 
+from f2llm.errors import UsageError
+from f2llm.files import sha256_folder
 from f2llm.model.folder import load_model, save_model
 from f2llm.recipe import Lora, TrainStage, Validation
 from f2llm.train import stage
 from f2llm.train.ranks import ALONE, Ranks
 from f2llm.train.stage import train_stage
+from f2llm.train.watch import read_log
 
 # Micro-batches of 60 tokens are several, and not as many on each rank.
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "everything": {
         "teacher": "teacher",
         "objective": "joint",
@@ -27,23 +30,27 @@ RUNS = {
         "learn_temperature": True,
         "ema": 0.9,
         "activation_checkpointing": True,
-        "tokens_per_microbatch": 60,
-    },
-    "adapters": {
-        "lora": Lora(rank=2, alpha=4.0),
         "validation": Validation(rows=12, every=2, patience=9),
         "tokens_per_microbatch": 60,
     },
     "as memory allows": {"gather_gradient": False},
 }
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "adapters": {"lora": Lora(rank=2, alpha=4.0), "tokens_per_microbatch": 60},
+}
+BY_ROWS: dict[str, dict[str, Any]] = {
+    "exact rows": {"embedding_rows": "exact"},
+    "lazy rows": {"embedding_rows": "lazy"},
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Stages to train, and where."""
+    """Stages to train, of what, and where."""
 
     configs: dict[str, TrainStage]
-    given: dict[str, Path]
+    rows: Path
+    models: Path  # folder of the base and the teacher
     out: Path
 
     def train(self, ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:
@@ -51,9 +58,10 @@ class Work:
         return {
             name: train_stage(
                 config,
-                **self.given,
+                data=self.rows,
+                base=self.models / "base",
                 tokenizer=None,
-                teacher=self.given["base"].with_name("teacher") if config.teacher else None,
+                teacher=self.models / "teacher" if config.teacher else None,
                 out=self.out / name,
                 seed=7,
                 recipe_hash="the recipe's hash",
@@ -62,63 +70,76 @@ class Work:
             for name, config in self.configs.items()
         }
 
+    def go_on(self, name: str, world: int) -> "Work":
+        """The same work, from what is left of it in another folder as of a kill in step 5, on `world` ranks."""
+        again = replace(self, out=self.out.with_name(name))
+        for run in self.configs:
+            shutil.copytree(self.out / run / "checkpoints", again.out / run / "checkpoints")
+            shutil.copy(self.out / run / "log.jsonl", again.out / run)
+        on_ranks(world, train_on, again) if world > 1 else again.train()
+        for run in self.configs:  # its clock tells the log of a step that was not done again
+            assert _first_steps(again.out / run) == _first_steps(self.out / run)
+        return again
+
+
+def _first_steps(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_log(folder / "log.jsonl") if record["step"] < 3]
+
 
 def train_on(ranks: Ranks, work: Work) -> dict[str, dict[str, Any]]:
     return work.train(ranks)
 
 
 def train_and_keep_checkpoints(ranks: Ranks, work: Work) -> dict[str, dict[str, Any]]:
-    stage.drop_checkpoints = lambda folder: None
-    return work.train(ranks)
+    with patch.object(stage, "drop_checkpoints", lambda folder: None):
+        return work.train(ranks)
+
+
+def refusals(ranks: Ranks, work: Work) -> dict[str, str]:
+    """What each run is refused with."""
+    sentences = {}
+    for name, config in work.configs.items():
+        with pytest.raises(UsageError) as refusal:
+            replace(work, configs={name: config}).train(ranks)
+        sentences[name] = str(refusal.value)
+    return sentences
+
+
+MakeWork = Callable[[str, dict[str, dict[str, Any]]], Work]
 
 
 @pytest.fixture(scope="module")
-def work(
+def make_work(
     settings: Callable[..., TrainStage],
     rows_folder: Path,
     make_model: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Work]:
-    """Makes the work of all RUNS, to be done in a folder of a name."""
+) -> MakeWork:
+    """Makes the work of some runs, to be done in a folder of a name."""
     folder = tmp_path_factory.mktemp("work")
     save_model(folder / "base", make_model())
     save_model(folder / "teacher", make_model(seed=1, hidden_size=30))
-    configs = {
-        name: settings(steps=6, checkpoint_every=3, learning_rate=1e-3, **run) for name, run in RUNS.items()
-    }
-    return lambda name: Work(configs, {"data": rows_folder, "base": folder / "base"}, folder / name)
+
+    def make(name: str, runs: dict[str, dict[str, Any]]) -> Work:
+        common = {"steps": 6, "checkpoint_every": 3, "learning_rate": 1e-3}
+        configs = {run: settings(**common, **changes) for run, changes in runs.items()}
+        return Work(configs, rows_folder, folder, folder / name)
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def one(work: Callable[[str], Work]) -> Work:
-    """Done straight by one process."""
-    (done := work("one")).train()
+def one(make_work: MakeWork) -> Work:
+    """Done straight by one process; the last checkpoint of each run is left."""
+    train_and_keep_checkpoints(ALONE, done := make_work("one", RUNS))
     return done
 
 
 @pytest.fixture(scope="module")
-def two(work: Callable[[str], Work]) -> tuple[Work, list[dict[str, dict[str, Any]]]]:
-    """Done straight by two ranks, with the facts that they tell; the last checkpoint of each run is left."""
-    done = work("two")
+def two(make_work: MakeWork) -> tuple[Work, list[dict[str, dict[str, Any]]]]:
+    """The same by two ranks, with the facts that they tell."""
+    done = make_work("two", RUNS)
     return done, on_ranks(2, train_and_keep_checkpoints, done)
-
-
-@pytest.fixture(scope="module")
-def continued(work: Callable[[str], Work], two: tuple[Work, Any]) -> Callable[[int], Work]:
-    """What two ranks left after step 3, continued by another number of them."""
-
-    def go_on(world: int) -> Work:
-        again = work(f"continued by {world}")
-        for name in again.configs:
-            shutil.copytree(two[0].out / name / "checkpoints", again.out / name / "checkpoints")
-            shutil.copy(two[0].out / name / "log.jsonl", again.out / name)  # of a kill in step 5
-        if world == 1:
-            again.train()
-        else:
-            on_ranks(world, train_on, again)
-        return again
-
-    return go_on
 
 
 def check_same(got: Work, expected: Work) -> None:
@@ -147,8 +168,42 @@ def test_two_ranks_train_as_one(one: Work, two: tuple[Work, list[dict[str, dict[
         assert facts["identity"] == other[name]["identity"] == load_model(work.out / name).facts.identity
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_a_run_goes_on_on_another_number_of_ranks(
-    world: int, one: Work, continued: Callable[[int], Work]
-) -> None:
-    check_same(continued(world), one)
+def test_what_two_ranks_left_is_ended_by_one(one: Work, two: tuple[Work, Any]) -> None:
+    check_same(two[0].go_on("two, then one", 1), one)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_left_is_ended_by_three(one: Work, two: tuple[Work, Any]) -> None:
+    check_same(two[0].go_on("two, then three", 3), one)
+
+
+@pytest.mark.slow
+def test_what_one_left_is_ended_by_two_ranks(one: Work) -> None:
+    check_same(one.go_on("one, then two", 2), one)
+
+
+@pytest.mark.slow  # peft takes seconds to import, on each rank
+def test_two_ranks_train_adapters_as_one(make_work: MakeWork) -> None:
+    one, two = make_work("adapters of one", ADAPTERS), make_work("adapters of two", ADAPTERS)
+    one.train()
+    on_ranks(2, train_and_keep_checkpoints, two)
+    check_same(two, one)
+    check_same(two.go_on("adapters of two, then one", 1), one)
+
+
+@pytest.mark.slow
+def test_a_table_that_learns_by_rows_is_for_one_process(make_work: MakeWork) -> None:
+    """From the start, and where one process has begun, whose checkpoints stay as they are."""
+    begun, fresh = make_work("by rows", BY_ROWS), make_work("by rows on two", BY_ROWS)
+    train_and_keep_checkpoints(ALONE, begun)
+    before = sha256_folder(begun.out)
+    for work in (begun, fresh):
+        for sentences in on_ranks(2, refusals, work):
+            for name, config in BY_ROWS.items():
+                expected = (
+                    f"'embedding_rows' is '{config['embedding_rows']}', which needs the whole embedding table"
+                )
+                assert sentences[name].startswith(expected)
+                assert sentences[name].endswith("train in one process and fp32, or take 'dense'.")
+    assert sha256_folder(begun.out) == before
+    assert not fresh.out.exists()

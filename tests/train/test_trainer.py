@@ -1,12 +1,7 @@
 """The training loop: its schedule, its optimizer, that it learns, and that a continued run ends in the same bits."""
 
+import json
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +12,16 @@ import torch
 from tokenizers import Tokenizer
 
 from f2llm.compress.prune import cut
+from f2llm.data.rows import read_rows
 from f2llm.errors import F2Error, UsageError
-from f2llm.model.folder import Model, load_model
+from f2llm.model.folder import Model, load_model, save_model
+from f2llm.model.tokenizer import load_tokenizer
 from f2llm.recipe import Shape, TrainStage
+from f2llm.recipe_fields import FORMATS
 from f2llm.train.optim import learning_rate_at
-from f2llm.train.sampler import Batch, Sampler
-from f2llm.train.stage import train_stage
+from f2llm.train.sampler import Sampler
+from f2llm.train.sources import load_sources
+from f2llm.train.stage import make_sampler, train_stage
 from f2llm.train.terms import taught_dimensions, token_ids
 from f2llm.train.trainer import train
 from f2llm.train.watch import read_log as read_records
@@ -182,63 +181,6 @@ def test_a_broken_loss_stops_the_run_and_changes_nothing(
     assert not (tmp_path / "checkpoints").exists()
 
 
-# --- Going on after an interruption
-
-
-class Interrupted:
-    """Batches that end in a Ctrl-C at one step, once the steps before it are done."""
-
-    def __init__(self, sampler: Sampler, at: int) -> None:
-        self.sampler, self.at, self.last = sampler, at, -1
-        self.seed, self.steps = sampler.seed, sampler.steps
-
-    def __getitem__(self, step: int) -> Batch:
-        if step == self.at and self.last == step - 1 and sys._getframe(1).f_code.co_name == "make":
-            raise KeyboardInterrupt
-        self.last = step
-        return self.sampler[step]
-
-
-@pytest.mark.parametrize("stop", [3, 4, 5])
-def test_a_continued_run_ends_in_the_same_bits(
-    stop: int, settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
-) -> None:
-    """Six steps at once, and three, a checkpoint, perhaps some more that are lost, and the rest in new objects."""
-    config = settings(teacher="teacher")
-    straight = make_model()
-    last = train(config, straight, batches(config), make_model(seed=1), tmp_path / "straight")
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            config,
-            make_model(),
-            Interrupted(batches(config), at=stop),  # type: ignore[arg-type]
-            make_model(seed=1),
-            tmp_path / "resumed",
-        )
-    resumed = make_model(seed=99)  # other weights, to be replaced by the checkpoint's
-    again = train(config, resumed, batches(config), make_model(seed=1), tmp_path / "resumed")
-    expected = straight.decoder.state_dict()
-    for name, tensor in resumed.decoder.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-        assert not torch.equal(tensor, make_model().decoder.state_dict()[name]), name
-    assert read_log(tmp_path / "resumed") == read_log(tmp_path / "straight")
-    assert (again["loss"], again["step"]) == (last["loss"], 5)
-
-
-def test_a_half_written_line_of_the_log_is_dropped(
-    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
-) -> None:
-    config = settings()
-    straight = tmp_path / "straight"
-    train(config, make_model(), batches(config), None, straight)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, make_model(), Interrupted(batches(config), at=4), None, tmp_path)  # type: ignore[arg-type]
-    with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"step": 4, "source": "na')
-    train(config, make_model(), batches(config), None, tmp_path)
-    assert read_log(tmp_path) == read_log(straight)
-
-
 # --- The stage
 
 
@@ -271,7 +213,7 @@ def test_stage_leaves_a_model_and_no_checkpoints(
     assert facts["parameters"] == sum(p.numel() for p in model.decoder.parameters())
     assert (model.facts.parent, model.facts.recipe) == (None, "the recipe's hash")
     assert (model.facts.instruction, model.facts.matryoshka_sizes) == ("", [8, 16, 24])
-    assert model.facts.max_length == 32
+    assert model.facts.max_length == 64
 
     run_stage(settings(matryoshka=False), second, data=rows_folder, base=first, teacher=first)
     child = load_model(second)
@@ -297,64 +239,39 @@ def test_stage_gives_the_same_model_each_time_and_another_with_another_seed(
     assert identities[0] == identities[1] != identities[2]
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from f2llm.recipe import TrainStage
-from f2llm.train.stage import train_stage
-
-torch.set_num_threads(2)
-config, data, tokenizer, out = sys.argv[1:]
-facts = train_stage(
-    TrainStage.model_validate_json(config), data=Path(data), base=None, tokenizer=Path(tokenizer), teacher=None,
-    out=Path(out), seed=7, recipe_hash="",
-)
-print(facts["identity"])
-"""
-
-
-def newest_checkpoint(out: Path) -> int:
-    return max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_in_the_same_model(
+def test_an_instruction_that_leaves_no_room_for_a_query_is_refused(
     settings: Settings, rows_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    config = settings(
-        base=None,
-        shape=SHAPE.model_copy(update={"hidden_size": 64, "intermediate_size": 96}),
-        tokenizer="tokenizer",
-        steps=40,
-        batch_size=256,  # large enough for torch to share one operation among threads
-        checkpoint_every=3,
+    """One token of a query must be left beside the prompt and EOS, of the source with the longest instruction."""
+    given: dict[str, Any] = {"data": rows_folder, "tokenizer": tokenizer_folder}
+    new: dict[str, Any] = {"base": None, "shape": SHAPE, "tokenizer": "tokenizer", "steps": 1}
+    tokenizer = load_tokenizer(tokenizer_folder / "tokenizer.json")
+    sources = json.loads((rows_folder / "sources.json").read_text())
+    prompts = [f"Instruct: {source['instruction']}\nQuery: " for source in sources]
+    longest = max(len(tokenizer.encode(prompt).ids) for prompt in prompts)  # EOS included
+    run_stage(settings(**new, max_length=longest + 1), tmp_path / "fits", **given)
+    with pytest.raises(UsageError, match=f"takes all {longest} tokens of max_length"):
+        run_stage(settings(**new, max_length=longest), tmp_path / "does not", **given)
+
+
+def test_a_bases_own_template_is_trained_with_and_kept(
+    settings: Settings, make_model: MakeModel, rows_folder: Path, tmp_path: Path
+) -> None:
+    """Models are about that write their queries without the space behind `Query:`."""
+    base = make_model()
+    other = Model(
+        base.decoder, base.tokenizer, replace(base.facts, template="Instruct: {instruction}\nQuery:")
     )
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        arguments = [
-            config.model_dump_json(exclude_unset=True),
-            str(rows_folder),
-            str(tokenizer_folder),
-            str(out),
-        ]
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(os.environ),
-        )
-
-    straight, _ = start(tmp_path / "straight").communicate()
-    seed = random.randrange(1 << 30)
-    moments, killed = random.Random(seed), tmp_path / "killed"
-    for step in sorted(moments.sample(range(30), 2)):
-        process = start(killed)
-        while process.poll() is None and newest_checkpoint(killed) < step:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.2))  # so that it may be writing, or steps beyond the checkpoint
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    resumed, _ = start(killed).communicate()
-    assert len(straight.strip()) == 64
-    assert resumed == straight, f"seed of the moments: {seed}"
+    left = {}
+    for name, model in (("ours", base), ("other", other)):
+        save_model(tmp_path / name, model)
+        run_stage(settings(steps=2), tmp_path / f"{name} tuned", data=rows_folder, base=tmp_path / name)
+        left[name] = load_model(tmp_path / f"{name} tuned")
+        assert left[name].facts.template == model.facts.template
+    losses = [read_log(tmp_path / f"{name} tuned")[0]["loss"] for name in left]
+    assert losses[0] != losses[1]
+    table, sources = read_rows(rows_folder)
+    rows = load_sources(table, sources, FORMATS)
+    batch = make_sampler(settings(), rows, 5, other.facts.template)[0]
+    assert sum("\nQuery:" in text for text in batch.texts) > 0
+    assert not any("\nQuery: " in text for text in batch.texts)

@@ -1,8 +1,8 @@
 """What a training stage's rows amount to, before any of them is trained on: rows in an epoch, tokens of a query.
 
 Where the folder of canonical rows is there, rows are counted and a sample of each source is measured, with the
-tokenizer if that is there too. Otherwise both are assumed: the published rows of the paper's two stages, or a number
-that the user gives.
+tokenizer if that is there too. Otherwise both are assumed: the rows that the user gives, those published for the
+paper's two stages (told by the folder's name), or ROWS; and the same number of tokens for every text.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,17 +105,19 @@ def _measured(stage: TrainStage, folder: Path, tokenizer: Path | None) -> Survey
     picked = [generator(0, "survey", s.name).permutation(numbers)[:SAMPLE] for s, numbers in own]
     sample = ds.dataset(path).take(pa.array(np.sort(np.concatenate(picked))), columns=MEASURED)
     count_tokens = _counter(tokenizer, stage.max_length)
-    rows, held_out, drawn, query = 0, 0, 0.0, Load(0, 0, 0)
+    held_out, drawn, query = 0, 0.0, Load(0, 0, 0)
     for source, numbers in own:
         kept_back = min(stage.validation.rows, len(numbers) // LARGEST_SHARE) if stage.validation else 0
         per_language = np.bincount(language_of_row[numbers])
         capped = min(int(np.minimum(per_language, stage.cap or len(numbers)).sum()), len(numbers) - kept_back)
-        rows, held_out = rows + capped, held_out + kept_back
+        held_out += kept_back
         weight = capped * stage.source_weights.get(source.name, 1.0)
         texts = sample.filter(pc.equal(sample["source"], source.name))
         query, drawn = query + _query_load(stage, source, texts, count_tokens) * weight, drawn + weight
     how = "the tokenizer" if tokenizer else f"{BYTES_PER_TOKEN} bytes a token"
-    return Survey(rows, held_out, query * (1 / drawn), f"counted in {folder}, texts sampled, with {how}")
+    return Survey(
+        round(drawn), held_out, query * (1 / drawn), f"counted in {folder}, texts sampled, with {how}"
+    )
 
 
 def _numbers(column: pa.ChunkedArray, names: list[str]) -> np.ndarray:

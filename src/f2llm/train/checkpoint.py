@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,18 @@ def _checkpoints(folder: Path) -> list[str]:
     return sorted(
         (p.name for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True
     )
+
+
+def steps_kept(folder: Path) -> list[int]:
+    """The steps of a folder's checkpoints, newest first; whole or damaged."""
+    return [int(name.removeprefix("step-")) for name in _checkpoints(folder)]
+
+
+def keep_only(folder: Path, steps: Container[int | None]) -> None:
+    """Remove a folder's checkpoints of other steps; for one rank."""
+    for name, step in zip(_checkpoints(folder), steps_kept(folder), strict=True):
+        if step not in steps:
+            _drop(folder / name)
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -28,7 +28,7 @@ def draw_retrieval(
 def draw_clustering(
     rows: SourceRows, row: int, share: float, count: int, rng: np.random.Generator
 ) -> tuple[str, list[str]]:
-    """Another text of the row's label as positive, `count` texts that share no label with the row's as negatives."""
+    """Another text of the row's label as positive, up to `count` that share no label with the row's as negatives."""
     negatives: dict[str, None] = {}
     while len(negatives) < count and (text := _stranger(rows, row, negatives, rng)) is not None:
         negatives[text] = None

@@ -1,8 +1,8 @@
 """How a step is cut to fit into memory, chosen before the first one.
 
 A run must not die at step 5,000 because the longest texts met in one micro-batch. So the budget of tokens is chosen
-from the memory that is free and from what a token costs in the graph, and then the worst micro-batch that it admits
-is computed, forward and backward. No random number is drawn and no weight moves.
+from the memory that is free and from what a token costs in the graph, and then the worst micro-batches that it admits
+are computed, forward and backward. No random number is drawn and no weight moves.
 
 Between micro-batches a large model leaves no room for whole gradients: whether it does follows from its size and the
 memory of a GPU alone (`sums_each`), so that a plan says the same as the run does.
@@ -38,14 +38,15 @@ def tokens_per_microbatch(decoder: Decoder, config: TrainStage, most_tokens: int
     Raises:
         F2Error if not even the recipe's budget, or one text of `config.max_length` tokens, can be computed.
     """
-    budget = config.tokens_per_microbatch or min(_estimate(decoder, config.max_length, ranks), most_tokens)
-    budget = min(collect(budget, ranks))
-    while not _all_can(decoder, budget, config.max_length, ranks):
-        if config.tokens_per_microbatch or budget <= config.max_length:
-            raise F2Error(
-                f"a micro-batch of {max(budget, config.max_length)} tokens does not fit into the memory of "
-                f"{ranks.device}; lower tokens_per_microbatch or max_length, or set activation_checkpointing."
-            )
+    least = config.tokens_per_microbatch or config.max_length
+    if not _all_can(decoder, least, config.max_length, ranks):
+        raise F2Error(
+            f"a micro-batch of {max(least, config.max_length)} tokens does not fit into the memory of "
+            f"{ranks.device}; lower tokens_per_microbatch or max_length, or set activation_checkpointing."
+        )
+    estimate = config.tokens_per_microbatch or min(_estimate(decoder, config.max_length, ranks), most_tokens)
+    budget = min(collect(estimate, ranks))
+    while budget > least and not _all_can(decoder, budget, config.max_length, ranks):
         budget //= 2
     say(f"micro-batches of at most {budget:,} tokens")
     return budget
@@ -130,20 +131,29 @@ def _estimate(decoder: Decoder, max_length: int, ranks: Ranks) -> int:
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters()) // ranks.world
     free = SHARE_OF_FREE * free_memory(ranks.device) / _ranks_here(ranks) - STATES_OF_ADAMW * weights
     tokens = free / (GRAPH_TO_PEAK * graph_bytes(decoder, length) / length)
-    return max(max_length, 1 << max(0, int(tokens).bit_length() - 1))
+    return max(max_length, 1 << max(1, int(tokens)).bit_length() - 1)
 
 
 def _all_can(decoder: Decoder, budget: int, max_length: int, ranks: Ranks) -> bool:
-    """Whether every rank can compute the worst micro-batch of a budget: as many of the longest texts as it admits."""
+    """Whether every rank can compute the worst micro-batches of a budget, forward and backward."""
     try:
-        vectors_MD = forward(decoder, [[0] * max_length] * max(1, budget // max_length))
-        vectors_MD.backward(torch.zeros_like(vectors_MD))
+        for ids in worst_microbatches(budget, max_length):
+            vectors_MD = forward(decoder, ids)
+            vectors_MD.backward(torch.zeros_like(vectors_MD))
         fits = True
     except (torch.OutOfMemoryError, MemoryError):
         fits = False
     except RuntimeError as error:  # what torch's allocator on the CPU raises
-        if "not enough memory" not in str(error):
+        if "DefaultCPUAllocator" not in str(error):
             raise
         fits = False
     decoder.zero_grad(set_to_none=True)
     return all(collect(fits, ranks))
+
+
+def worst_microbatches(budget: int, max_length: int) -> list[list[list[int]]]:
+    """Token ids of the longest texts that fill a budget, and of the shortest.
+
+    Long texts take most in attention. Of short ones more tokens are final, and only those go through the last layer.
+    """
+    return [[[0] * max_length] * max(1, budget // max_length), [[0]] * budget]

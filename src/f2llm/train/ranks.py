@@ -13,6 +13,7 @@ Shape suffixes: M rows of this rank, W rows of all ranks, P rows of the rank tha
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,16 +61,29 @@ def join(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
     Raises:
         UsageError: the environment is incomplete, or names a GPU that is not there.
+        F2Error: a collective failed within, mostly because another rank has ended.
     """
-    world = _from_environment("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+    world = _from_environment("WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
     rank, local = (_from_environment("RANK"), _from_environment("LOCAL_RANK")) if world > 1 else (0, 0)
+    if rank >= world:
+        raise _incomplete("RANK", f"a number below {world}")
     ranks = Ranks(rank, world, _device(rank, local))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    if world > 1:
-        _make_group(ranks, timeout)
     try:
+        if world > 1:
+            if not os.environ.get("MASTER_ADDR"):
+                raise _incomplete("MASTER_ADDR", "the host of rank 0")
+            _from_environment("MASTER_PORT", least=1)
+            _make_group(ranks, timeout)
         yield ranks
+    except RuntimeError as error:
+        if not (lost := _loss_of_others(error)):
+            raise
+        raise F2Error(
+            f"rank {rank} of {world} lost the others ({lost}); one that ended first has said why, and the same command "
+            "goes on from the last checkpoint."
+        ) from error
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -79,14 +93,27 @@ def join(timeout: float = TIMEOUT) -> Iterator[Ranks]:
                 time.sleep(SECONDS_TO_LET_GO)
 
 
-def _from_environment(name: str) -> int:
+def _loss_of_others(error: RuntimeError) -> str:
+    """What became of a collective that failed; empty for other errors."""
+    # Gloo has no type of its own for that.
+    if of_gloo := re.match(r"\[\S*gloo/transport\S*\] (.+?)(\. |$)", str(error)):
+        return of_gloo[1]
+    return str(error).partition("\n")[0] if isinstance(error, dist.DistError) else ""
+
+
+def _from_environment(name: str, least: int = 0) -> int:
     value = os.environ.get(name, "")
-    if not value.isdecimal():
-        raise UsageError(
-            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} and {name}={value!r}, expected a number in "
-            "both; start ranks with torchrun, or unset WORLD_SIZE to train in one process."
-        )
+    if not value.isdecimal() or int(value) < least:
+        raise _incomplete(name, f"a number from {least}")
     return int(value)
+
+
+def _incomplete(name: str, expected: str) -> UsageError:
+    world = "" if name == "WORLD_SIZE" else f"WORLD_SIZE={os.environ['WORLD_SIZE']} and "
+    return UsageError(
+        f"the environment says {world}{name}={os.environ.get(name, '')!r}, expected {expected} there; start ranks with "
+        "torchrun, or unset WORLD_SIZE to train in one process."
+    )
 
 
 def _device(rank: int, local: int) -> torch.device:

@@ -19,7 +19,7 @@ from itertools import chain
 import numpy as np
 
 from f2llm.errors import UsageError
-from f2llm.model.prompts import query_prefix
+from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.progress import say
 from f2llm.rng import generator
 from f2llm.train.draws import DRAW, right_too
@@ -79,7 +79,9 @@ class Sampler:
         cap: int | None = None,
         cap_by: CapBy = "source",
         language_temperature: float = 1.0,
+        template: str = TEMPLATE,
     ) -> None:
+        self.template = template
         self.seed, self.hard_negatives, self.instructions = seed, hard_negatives, instructions
         self.document_instruction_rate = document_instruction_rate
         self.streams = [
@@ -135,7 +137,11 @@ class Sampler:
         documents = {*positives, *chain.from_iterable(negatives)}
         same_BB, known = right_too(rows, row_B, positives, documents)
 
-        prefix = query_prefix(source.instruction) if self.instructions and source.instruction else ""
+        prefix = (
+            query_prefix(source.instruction, self.template)
+            if self.instructions and source.instruction
+            else ""
+        )
         rate = self.document_instruction_rate if source.symmetric else 0.0
         number: dict[str, int] = {}
 

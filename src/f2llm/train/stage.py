@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from f2llm.data.rows import Source, read_rows
-from f2llm.errors import F2Error
+from f2llm.errors import F2Error, UsageError
 from f2llm.model.base import load_base
 from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, model_size, save_model
+from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.model.sanity import check_base
 from f2llm.model.tokenizer import EOS, load_tokenizer
 from f2llm.progress import say
@@ -18,7 +19,7 @@ from f2llm.train.checkpoint import drop_checkpoints
 from f2llm.train.ranks import ALONE, Ranks, on_main, same_on_all, whole_weights
 from f2llm.train.sampler import Sampler
 from f2llm.train.sources import SourceRows, hold_out, load_sources
-from f2llm.train.terms import trained_sizes
+from f2llm.train.terms import token_ids, trained_sizes
 from f2llm.train.trainer import train
 
 
@@ -52,7 +53,9 @@ def train_stage(
     table, sources = read_rows(data)
     rows, held_out = split(config, load_sources(table, sources, config.formats), seed)
     model = open_base(config, base, tokenizer, seed, ranks)
-    sampler = make_sampler(config, rows, seed)
+    if config.instructions:
+        check_instructions(model, [source.source for source in rows], config.max_length)
+    sampler = make_sampler(config, rows, seed, model.facts.template)
     record = train(
         config,
         model,
@@ -69,6 +72,7 @@ def train_stage(
         max_length=config.max_length,
         matryoshka_sizes=trained_sizes(config, model.decoder.config.hidden_size),
         instruction=_default_instruction([r.source for r in rows]) if config.instructions else "",
+        template=model.facts.template,
         parent=model.facts.identity or None,
         recipe=recipe_hash,
         kept=model.facts.kept,
@@ -93,7 +97,7 @@ def split(config: TrainStage, rows: list[SourceRows], seed: int) -> tuple[list[S
     return [train for train, _ in pairs], [held for _, held in pairs]
 
 
-def make_sampler(config: TrainStage, rows: list[SourceRows], seed: int) -> Sampler:
+def make_sampler(config: TrainStage, rows: list[SourceRows], seed: int, template: str = TEMPLATE) -> Sampler:
     return Sampler(
         rows,
         seed=seed,
@@ -107,6 +111,7 @@ def make_sampler(config: TrainStage, rows: list[SourceRows], seed: int) -> Sampl
         cap=config.cap,
         cap_by=config.cap_by,
         language_temperature=config.language_temperature,
+        template=template,
     )
 
 
@@ -120,6 +125,17 @@ def open_base(
     for sentence in check_base(model) if ranks.is_main else ():
         say(f"warning: {sentence}")
     return model
+
+
+def check_instructions(model: Model, sources: list[Source], max_length: int) -> None:
+    """Refuse an instruction that leaves no token for the query: all queries of its source would be one text."""
+    for source in sources:
+        (prompt,) = token_ids(model, [query_prefix(source.instruction, model.facts.template)], max_length + 1)
+        if len(prompt) >= max_length:
+            raise UsageError(
+                f"the instruction of {source.name} takes all {max_length} tokens of max_length, so that nothing is "
+                f"left of a query; shorten {source.instruction!r:.60} or raise max_length."
+            )
 
 
 def _random_model(config: TrainStage, tokenizer_folder: Path | None, seed: int) -> Model:

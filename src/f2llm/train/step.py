@@ -26,6 +26,7 @@ from f2llm.train.ranks import ALONE, Ranks, gather, gathered, sync_gradients
 from f2llm.train.watchdog import watched
 
 Ids = Sequence[Sequence[int]]
+ENCODE = "encode the texts"  # for the watchdog: weights are gathered in it, so it may wait for another rank
 DUMMY = [[0]]  # one token, of no consequence: what a rank computes that has fewer micro-batches than another
 
 
@@ -66,7 +67,8 @@ def vectors_of(decoder: Decoder, ids: Ids, tokens_per_microbatch: int, ranks: Ra
     """Raw vectors [N, D] of all texts, on every rank, without a graph."""
     division = cut([len(sequence) for sequence in ids], tokens_per_microbatch, ranks)
     with torch.no_grad():
-        parts = [_encode(decoder, ids, micro_batch) for micro_batch in division.micro_batches]
+        with watched(ENCODE, ranks):
+            parts = [_encode(decoder, ids, micro_batch) for micro_batch in division.micro_batches]
         return _all_vectors(parts, division, ranks)
 
 
@@ -95,21 +97,23 @@ def accumulate_gradients(
     *again, last = division.micro_batches
     # A rank gathers weights once for all passes of a step, which pays where there are more than two.
     with gathered(decoder) if again and not sum_each else nullcontext():
-        with torch.no_grad():
-            parts = [_encode(decoder, ids, micro_batch) for micro_batch in again]
-        kept_MD = _encode(decoder, ids, last)
+        with watched(ENCODE, ranks):
+            with torch.no_grad():
+                parts = [_encode(decoder, ids, micro_batch) for micro_batch in again]
+            kept_MD = _encode(decoder, ids, last)
         vectors_ND = _all_vectors([*parts, kept_MD.detach()], division, ranks).requires_grad_()
         loss = loss_of(vectors_ND)
         loss.backward()
         assert vectors_ND.grad is not None
         grad_ND = vectors_ND.grad
 
-        # Gradients travel between ranks once, with the last micro-batch of all, if there is room for whole ones.
-        sync_gradients(decoder, sum_each or not again)
-        kept_MD.backward(grad_ND[last])
-        for number, micro_batch in enumerate(again, start=1):
-            sync_gradients(decoder, sum_each or number == len(again))
-            _encode(decoder, ids, micro_batch).backward(grad_ND[micro_batch])
+        with watched("carry the gradient back", ranks):
+            # Gradients travel between ranks once, with the last micro-batch of all, if there is room for whole ones.
+            sync_gradients(decoder, sum_each or not again)
+            kept_MD.backward(grad_ND[last])
+            for number, micro_batch in enumerate(again, start=1):
+                sync_gradients(decoder, sum_each or number == len(again))
+                _encode(decoder, ids, micro_batch).backward(grad_ND[micro_batch])
     return loss.detach(), vectors_ND.detach()
 
 

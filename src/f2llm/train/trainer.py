@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from f2llm.model.folder import Model
-from f2llm.progress import progress
+from f2llm.progress import progress, say
 from f2llm.recipe import TrainStage
 from f2llm.train.checkpoint import (
     MAY_DIFFER,
     MUST_MATCH,
     check_same,
     find_checkpoint,
+    keep_only,
     load_checkpoint,
     read_meta,
     save_checkpoint,
+    steps_kept,
 )
 from f2llm.train.lora import merge_lora
 from f2llm.train.memory import choose_sum_each, tokens_per_microbatch
@@ -46,6 +48,7 @@ from f2llm.train.validate import Best, best_so_far, validate
 from f2llm.train.watch import (
     Log,
     Record,
+    Spread,
     check_finite,
     check_spread,
     memory_gigabytes,
@@ -76,12 +79,18 @@ class Run:
     ranks: Ranks
 
     @property
+    def log_file(self) -> Path:
+        return self.out / "log.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
 
     @property
-    def best_checkpoint(self) -> Path:
-        """Where the weights of the best validation are kept."""
+    def best_checkpoints(self) -> Path:
+        """Where the weights of the best validation are kept, and beside them those that were the best at the newest
+        checkpoint: a run that goes on from there may not meet the later ones again.
+        """
         return self.checkpoints / "best"
 
 
@@ -116,34 +125,18 @@ def train(
     # AdamW's moments of embeddings that are no longer met fade to numbers with which a CPU computes ten times slower.
     torch.set_flush_denormal(True)
     config = config.model_copy(update={"steps": sampler.steps})
-    training = begin(config, model, sampler.seed, ranks)
-    taught = begin_teacher(config, model, teacher, ranks) if teacher else None
-    trials = prepare(config, held_out, sampler.seed) if config.validation else []
-    meta = _meta(config, sampler.seed, inputs or {}, ranks)
-    done, collapsed = 0, False
-    if found := find_checkpoint(out / "checkpoints", ranks):
-        then = read_meta(found)
-        check_same(then, meta, force)
-        done = load_checkpoint(found, training.state())
-        # What was chosen is kept: another number would cut batches otherwise, and change last bits.
-        budget = config.tokens_per_microbatch or then["tokens_per_microbatch"]
-        sum_each: bool = then["sum_each"]
-    else:
-        most_tokens = _most_tokens(config, model, sampler) // ranks.world
-        budget = tokens_per_microbatch(model.decoder, config, most_tokens, ranks)
-        sum_each = choose_sum_each(model.decoder, config, ranks)
-    meta |= {"tokens_per_microbatch": budget, "sum_each": sum_each}
-    run = Run(config, training, taught, budget, sum_each, out, ranks)
-
+    trials = prepare(config, held_out, sampler.seed, model.facts.template) if config.validation else []
     record: Record = {}
-    patience = config.validation.patience if config.validation else None
-    log_file = out / "log.jsonl"
-    best = on_main(lambda: best_so_far((r for r in read_log(log_file) if r["step"] < done), patience), ranks)
     with ExitStack() as stack:
         stack.enter_context(watchdog(ranks, SECONDS_OF_A_PHASE))
+        with watched("begin", ranks):
+            run, meta, done = _begin(config, model, sampler, teacher, out, inputs or {}, force, ranks)
+            best, collapsed = on_main(lambda: _standing(run, done), ranks)
+            on_main(lambda: keep_only(run.best_checkpoints, {best.step}), ranks)
+        training = run.training
         log = None
         if ranks.is_main:
-            log = stack.enter_context(open_log(log_file, done, config.tensorboard))
+            log = stack.enter_context(open_log(run.log_file, done, config.tensorboard))
         bar = stack.enter_context(progress(total=sampler.steps, what=f"train {out.name}", unit="step"))
         bar.advance(done)
         for step, batch, ids in _batches(sampler, model, config.max_length, done, ranks):
@@ -162,11 +155,60 @@ def train(
                     save_checkpoint(
                         run.checkpoints, step + 1, training.state(), meta, config.keep_checkpoints, ranks
                     )
+                    on_main(lambda: keep_only(run.best_checkpoints, {best.step}), ranks)  # noqa: B023 - called at once
         else:
             if trials:
                 best = _validate(run, trials, sampler.steps, best, log)
     _leave(run, best)
     return record
+
+
+def _begin(
+    config: TrainStage,
+    model: Model,
+    sampler: Sampler,
+    teacher: Model | None,
+    out: Path,
+    inputs: dict[str, str],
+    force: bool,
+    ranks: Ranks,
+) -> tuple[Run, dict[str, Any], int]:
+    """All that the loop needs, what checkpoints are to say of the run, and the number of steps done."""
+    training = begin(config, model, sampler.seed, ranks)
+    taught = begin_teacher(config, model, teacher, ranks) if teacher else None
+    meta = _meta(config, sampler.seed, inputs, ranks)
+    done = 0
+    if found := find_checkpoint(out / "checkpoints", ranks):
+        then = read_meta(found)
+        check_same(then, meta, force)
+        done = load_checkpoint(found, training.state())
+        # What was chosen is kept: another number would cut batches otherwise, and change last bits.
+        budget = config.tokens_per_microbatch or then["tokens_per_microbatch"]
+        sum_each: bool = then["sum_each"]
+    else:
+        most_tokens = _most_tokens(config, model, sampler) // ranks.world
+        budget = tokens_per_microbatch(model.decoder, config, most_tokens, ranks)
+        sum_each = choose_sum_each(model.decoder, config, ranks)
+    meta |= {"tokens_per_microbatch": budget, "sum_each": sum_each}
+    return Run(config, training, taught, budget, sum_each, out, ranks), meta, done
+
+
+def _standing(run: Run, done: int) -> tuple[Best, bool]:
+    """By the log: the best validation before step `done`, and whether the last look found the vectors collapsed."""
+    patience = run.config.validation.patience if run.config.validation else None
+    behind = [record for record in read_log(run.log_file) if record["step"] < done]
+    collapsed = False
+    for record in behind:
+        if "mean_cosine" in record:
+            seen = Spread(*(record[name] for name in Spread._fields))
+            collapsed = bool(_collapse(run, seen, record["step"], collapsed))
+    best = best_so_far(behind, patience)
+    if patience and best.step is not None and best.step not in steps_kept(run.best_checkpoints):
+        say(
+            f"the best weights, of step {best.step}, are gone; {run.out.name} looks for the best from here on."
+        )
+        best = Best(patience)
+    return best, collapsed
 
 
 def _batches(
@@ -229,16 +271,16 @@ def _look(run: Run, batch: Batch, vectors_ND: Tensor, record: Record, log: Log |
         return ongoing
     seen = spread(vectors_ND)
     record |= seen._asdict()
-    sentence = check_spread(
-        seen,
-        step=record["step"],
-        warmup_steps=run.config.warmup_steps,
-        where=run.out.name,
-        ongoing=ongoing,
-    )
+    sentence = _collapse(run, seen, record["step"], ongoing)
     if sentence and log and not ongoing:
         log.alarm(record["step"], sentence)
     return sentence is not None
+
+
+def _collapse(run: Run, seen: Spread, step: int, ongoing: bool) -> str | None:
+    """A warning if the vectors have collapsed; `ongoing` says whether they had at the last look."""
+    warmup_steps = run.config.warmup_steps
+    return check_spread(seen, step=step, warmup_steps=warmup_steps, where=run.out.name, ongoing=ongoing)
 
 
 def _validate(run: Run, trials: Sequence[Trial], step: int, best: Best, log: Log | None) -> Best:
@@ -258,18 +300,27 @@ def _validate(run: Run, trials: Sequence[Trial], step: int, best: Best, log: Log
         figures = validate(encode, trials, terms_of)
         best = best.after(figures["score"], step)
         if best.patience and best.step == step:
-            weights = {"model": model.decoder.state_dict()}
-            save_checkpoint(run.best_checkpoint, step, weights, {}, 1, run.ranks)
+            _keep_best(run, step)
     if log:
         log.write({"step": step, "validation": figures})
     return best
+
+
+def _keep_best(run: Run, step: int) -> None:
+    """Save the weights as the best so far, in place of any that came after the newest checkpoint."""
+    folder, ranks = run.best_checkpoints, run.ranks
+    before = on_main(lambda: steps_kept(folder), ranks)
+    save_checkpoint(
+        folder, step, {"model": run.training.model.decoder.state_dict()}, {}, len(before) + 1, ranks
+    )
+    on_main(lambda: keep_only(folder, {step, *before[-1:]}), ranks)
 
 
 def _leave(run: Run, best: Best) -> None:
     """Leave the decoder with the weights that the run was for: the best, or the last, averaged if asked for."""
     decoder = run.training.model.decoder
     run.training.finish()
-    if best.patience and (found := find_checkpoint(run.best_checkpoint, run.ranks)):
+    if best.patience and (found := find_checkpoint(run.best_checkpoints, run.ranks)):
         load_checkpoint(found, {"model": decoder.state_dict()})
     if run.config.lora:
         merge_lora(decoder)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from f2llm.errors import F2Error
-from f2llm.model.prompts import query_prefix
+from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.recipe import TrainStage
 from f2llm.train.sampler import Batch, Sampler
 from f2llm.train.sources import SourceRows
@@ -51,7 +51,9 @@ class Trial:
     batches: list[tuple[Batch, np.ndarray]]  # and int64 [N], the place of its texts among `texts`
 
 
-def prepare(config: TrainStage, held_out: Sequence[SourceRows], seed: int) -> list[Trial]:
+def prepare(
+    config: TrainStage, held_out: Sequence[SourceRows], seed: int, template: str = TEMPLATE
+) -> list[Trial]:
     """The trials of a run; sources without held-out rows have none.
 
     A question needs a right and a wrong candidate; rows that give none count in the loss alone.
@@ -59,7 +61,7 @@ def prepare(config: TrainStage, held_out: Sequence[SourceRows], seed: int) -> li
     Raises:
         F2Error if no source gives any question.
     """
-    trials = [_trial(config, rows, seed) for rows in held_out if len(rows)]
+    trials = [_trial(config, rows, seed, template) for rows in held_out if len(rows)]
     if not any(trial.questions for trial in trials):
         raise F2Error(
             f"the {sum(map(len, held_out))} rows held out for validation give no question with a right and a wrong "
@@ -68,14 +70,14 @@ def prepare(config: TrainStage, held_out: Sequence[SourceRows], seed: int) -> li
     return trials
 
 
-def _trial(config: TrainStage, rows: SourceRows, seed: int) -> Trial:
+def _trial(config: TrainStage, rows: SourceRows, seed: int, template: str) -> Trial:
     number: dict[str, int] = {}
 
     def index(text: str) -> int:
         return number.setdefault(text, len(number))
 
     instruction = rows.source.instruction if config.instructions else ""
-    prefix = query_prefix(instruction) if instruction else ""
+    prefix = query_prefix(instruction, template) if instruction else ""
     candidates, right_by_row = CANDIDATES[rows.source.format](rows)
     place = {text: c for c, text in enumerate(candidates)}
     questions = []

@@ -77,8 +77,8 @@ def _figures(encode: Encode, trial: Trial, loss_of: LossOf) -> Figures:
             losses[name].append(value)
     measures = MEASURES[trial.format]
     by_language: dict[str, list[dict[str, float]]] = defaultdict(list)
-    answers = _answers(F.normalize(vectors_ND, dim=-1), trial)
-    for question, ranks_R in zip(trial.questions, answers, strict=True):
+    ranked = answers(F.normalize(vectors_ND, dim=-1), trial)
+    for question, ranks_R in zip(trial.questions, ranked, strict=True):
         by_language[question.lang].append(quality(ranks_R, len(question.right_R)))
     everything = [found for several in by_language.values() for found in several]
     return {
@@ -94,7 +94,7 @@ def _rows(vectors_ND: Tensor, place: np.ndarray) -> Tensor:
     return vectors_ND.index_select(0, torch.from_numpy(place).to(vectors_ND.device))
 
 
-def _answers(unit_ND: Tensor, trial: Trial) -> Iterator[np.ndarray]:
+def answers(unit_ND: Tensor, trial: Trial) -> Iterator[np.ndarray]:
     """For each question the ranks of its best right candidates."""
     candidates_CD = _rows(unit_ND, trial.candidate_C)
     for start in range(0, len(trial.questions), CHUNK):

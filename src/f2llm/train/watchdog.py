@@ -1,12 +1,13 @@
 """A run whose ranks wait for one that does not come: say which, and what it does instead, and end.
 
-Whatever takes a rank's time in a step is entered through `watched("gather the vectors", ranks)`, which notes a phase
-and costs two microseconds. Two threads read the note. One publishes it about once a second in the store through which
-the ranks met. The other notices a phase that outlasts the timeout, reads where all ranks are, and writes one line:
+What may keep a rank (a step and its parts, a validation, a checkpoint) is entered through
+`watched("gather the vectors", ranks)`, which notes a phase and costs two microseconds. Two threads read the note. One
+publishes it about once a second in the store through which the ranks met. The other notices a phase that outlasts the
+timeout, reads where all ranks are, and writes one line:
 
     f2llm watchdog: rank 0 of 2 (host a, process 71) is in 'gather the vectors' of step 12 for 600 s, which may take
-    600 s: rank 1 is still in 'encode micro-batch 3 of 7' of step 12 (for 601 s); ranks [0] are in 'gather the vectors'
-    of step 12.
+    600 s: rank 1 is still in 'encode the texts' of step 12 (for 601 s); ranks [0] are in 'gather the vectors' of step
+    12.
 
 Then the process ends, since nothing can take it out of a collective, and whoever started the ranks ends the others.
 
