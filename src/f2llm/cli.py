@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from f2llm import __version__, runtime
+from f2llm import __version__, cli_data, runtime
 from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.progress import say
 
@@ -125,6 +125,9 @@ def plan(
     )
     if problems := [stage.problem for stage in stages if stage.problem]:
         raise F2Error(" ".join(problems))
+
+
+app.add_typer(cli_data.app, name="data")
 
 
 @app.command()

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from f2llm.errors import F2Error
 
 CHUNK_BYTES = 1 << 20
+ROWS_IN_A_GROUP = 1 << 16  # of Parquet; stages on rows hold one group at a time
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     with atomic_write(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", row_group_size=ROWS_IN_A_GROUP)
 
 
 def sha256_file(path: Path) -> str:

@@ -3,10 +3,15 @@
 sources -> rows (one table, SCHEMA) -> rows.parquet + sources.json -> the sampler. A retrieval row has a query and the
 texts that answer it; a clustering or classification row is a text (its `query`) and a label, and the sampler draws
 its partners.
+
+`rows.parquet` is a file, or where rows are many a folder of files (part-00000.parquet, ...), which most readers of
+Parquet take for one table. Stages that work on rows do so part by part (`parts`), so that memory does not grow with
+their number: part 7 of what a stage reads becomes part 7 of what it writes, whoever works on it.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,50 +114,102 @@ def _count(source: Source, rows: pa.Table) -> Source:
 
 
 def read_rows(folder: Path) -> tuple[pa.Table, list[Source]]:
-    """Rows and sources of a folder; one clear F2Error where they are missing, empty or not what they should be."""
+    """All rows and sources of a folder; one clear F2Error where they are missing, empty or not what they should be."""
+    return pa.concat_tables(iterate_rows(folder)), read_sources(folder)
+
+
+def iterate_rows(folder: Path) -> Iterator[pa.Table]:
+    """The rows of a folder, checked, a row group at a time; raises as `read_rows` does, when it comes to it."""
+    files = row_files(folder)
+    for path in files:  # what is missing is the rows, before it is what is known of them
+        with open_rows(path):
+            pass
+    sources = read_sources(folder)
+    count = 0
+    for path in files:
+        with open_rows(path) as file:
+            _check_columns(file.schema_arrow, path)
+            before = 0
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                _check_rows(table, sources, path, before)
+                before += table.num_rows
+                yield table
+            count += before
+    if count == 0:
+        raise _empty(folder / ROWS_FILE)
+
+
+def row_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's rows, in order."""
     path = folder / ROWS_FILE
+    return sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+
+
+@contextmanager
+def open_rows(path: Path) -> Iterator[pq.ParquetFile]:
+    """A file of rows; what is wrong with it, now or while it is read, is one sentence."""
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(
+            path, pre_buffer=False
+        ) as file:  # buffers would be kept until the end of the file
+            yield file
     except FileNotFoundError:
         raise F2Error(f"{path} is missing; name a folder that a data stage has made.") from None
     except (pa.ArrowException, OSError) as error:
         raise F2Error(f"{path} is not a readable Parquet file ({error}); make the folder again.") from None
+
+
+def read_sources(folder: Path) -> list[Source]:
+    """The sources of a folder of rows."""
+    path = folder / SOURCES_FILE
     try:
-        sources = TypeAdapter(list[Source]).validate_python(read_json(folder / SOURCES_FILE))
+        return TypeAdapter(list[Source]).validate_python(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise F2Error(
-            f"{folder / SOURCES_FILE} is not a list of sources: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+            f"{path} is not a list of sources: {'.'.join(map(str, first['loc']))}: {first['msg']}; "
             f"make the folder again."
         ) from None
-    _check(table, sources, path)
-    return table, sources
 
 
 def _check(table: pa.Table, sources: list[Source], path: Path) -> None:
+    _check_columns(table.schema, path)
+    if table.num_rows == 0:
+        raise _empty(path)
+    _check_rows(table, sources, path)
+
+
+def _check_columns(schema: pa.Schema, path: Path) -> None:
     for field in SCHEMA:
-        got = table.schema.field(field.name).type if field.name in table.column_names else "no such column"
+        got = schema.field(field.name).type if field.name in schema.names else "no such column"
         if got != field.type:
             raise F2Error(
                 f"{path}, column {field.name!r}: expected {field.type}, got {got}; make the rows again."
             )
-    if table.num_rows == 0:
-        raise F2Error(f"{path} has no rows; give files with at least one row.")
+
+
+def _empty(path: Path) -> F2Error:
+    return F2Error(f"{path} has no rows; give files with at least one row.")
+
+
+def _check_rows(table: pa.Table, sources: list[Source], path: Path, before: int = 0) -> None:
+    """Refuse a row that lacks what its format needs; `before` it and its table stand so many in the file."""
+
+    def refuse(bad: pa.ChunkedArray, what: str) -> None:
+        if (row := pc.index(bad, True).as_py()) >= 0:
+            query = table["query"][row].as_py()
+            raise F2Error(
+                f"{path}, row {before + row + 1} {what} (query {query!r:.60}); mend the row or leave it out."
+            )
+
     for name in ("query", "source"):
-        _first_bad(table, pc.fill_null(pc.equal(table[name], ""), True), path, f"has no {name}")
+        refuse(pc.fill_null(pc.equal(table[name], ""), True), f"has no {name}")
     known = pa.array([source.name for source in sources], pa.string())
-    unknown = pc.invert(pc.is_in(table["source"], known))
-    _first_bad(table, unknown, path, f"is of a source not in {SOURCES_FILE}")
+    refuse(pc.invert(pc.is_in(table["source"], known)), f"is of a source not in {SOURCES_FILE}")
     retrieval = pa.array([source.name for source in sources if source.format == "retrieval"], pa.string())
     is_retrieval = pc.is_in(table["source"], retrieval)
     no_positive = pc.equal(pc.fill_null(pc.list_value_length(table["positives"]), 0), 0)
-    _first_bad(table, pc.and_(is_retrieval, no_positive), path, "has no positive")
+    refuse(pc.and_(is_retrieval, no_positive), "has no positive")
     no_label = pc.fill_null(pc.equal(table["label"], ""), True)
-    _first_bad(table, pc.and_(pc.invert(is_retrieval), no_label), path, "has no label")
-
-
-def _first_bad(table: pa.Table, bad: pa.ChunkedArray, path: Path, what: str) -> None:
-    """Raise for the first row that `bad` marks; rows are counted from 1."""
-    if (row := pc.index(bad, True).as_py()) >= 0:
-        query = table["query"][row].as_py()
-        raise F2Error(f"{path}, row {row + 1} {what} (query {query!r:.60}); mend the row or leave it out.")
+    refuse(pc.and_(pc.invert(is_retrieval), no_label), "has no label")

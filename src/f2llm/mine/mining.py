@@ -1,0 +1,215 @@
+"""Mining: hard negatives for the retrieval rows of a corpus, by any model of ours and, if wanted, a cross-encoder.
+
+rows -> distinct texts with numbers and vectors (texts.py) -> pools: who is searched for whom (pools.py)
+-> block of rows -> nearest documents, exactly (search.py) -> limits on their scores (choice.py) -> candidates
+-> part of rows -> the same rows with their candidates behind the negatives they had (rows_out.py)
+-> counts by source and language, and a sheet of rows to read (report.py)
+
+Every file is complete or not there and depends on the settings and rows alone, so work that was killed goes on, and
+ends in what it would have come to. Rows of other formats pass unchanged: their partners are drawn by label.
+"""
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from f2llm.data.parts import Part, parts, write_sources
+from f2llm.data.rows import read_sources
+from f2llm.engine import Engine, map_items, using
+from f2llm.errors import F2Error, UsageError
+from f2llm.files import read_json, write_json, write_text
+from f2llm.mine.block import ROWS_AT_ONCE, Block, Rerank, Rules, mine_block
+from f2llm.mine.choice import Limits
+from f2llm.mine.cross_encoder import cross_encoder_scores
+from f2llm.mine.pools import Pool, PoolOf, make_pools
+from f2llm.mine.report import add_up, report_page, sample_sheet
+from f2llm.mine.rows_out import draw_samples, write_rows_out
+from f2llm.mine.texts import embedder, encode, plan_vectors, read_corpus
+from f2llm.model.base import load_base
+from f2llm.model.folder import FACTS, save_model
+from f2llm.recipe_errors import problem
+from f2llm.recipe_fields import DATA_OR_FOLDER, STAGE_OR_MODEL, Strict
+
+WORK, REPORT, PAGE, SHEET = "work", "report.json", "report.md", "samples.md"
+ONE_PROCESS = Engine(workers=1)
+
+
+class MineStage(Strict):
+    """Hard negatives for retrieval rows: the most similar documents that are not right, by a model's judgement."""
+
+    stage: Literal["mine"]
+    data: Annotated[list[str], DATA_OR_FOLDER] = Field(
+        min_length=1, description="stages with rows, or paths (with a slash) of folders of rows"
+    )
+    model: Annotated[str, STAGE_OR_MODEL] = Field(
+        description="the miner: a train or prune stage, the path (with a slash) of a model folder, or a model of the "
+        "hub, as owner/name or owner/name@revision"
+    )
+    candidates: int = Field(24, ge=1, description="most negatives mined for a row")
+    skip_ranks: int = Field(
+        0, ge=0, description="most similar documents that are passed over, as too likely to be right"
+    )
+    last_rank: int = Field(100, ge=1, description="how many of the most similar documents are looked at")
+    absolute_margin: float | None = Field(
+        None, ge=0, description="a negative scores at least this much less than the row's lowest positive"
+    )
+    relative_margin: float | None = Field(
+        0.05, ge=0, description="the same as a share of the size of that positive's score"
+    )
+    max_score: float | None = Field(None, description="a negative scores at most this")
+    cross_encoder: str | None = Field(
+        None,
+        min_length=1,
+        description="a cross-encoder (folder or hub name) whose scores replace those of the model within the ranks",
+    )
+    pool: PoolOf = Field(
+        "source",
+        description="where negatives come from: rows of the same source, of the same language of documents, all",
+    )
+    given_negatives: Literal["keep", "replace"] = Field(
+        "keep", description="whether mined negatives come behind those that a row has, or in their place"
+    )
+    instructions: bool = Field(True, description="whether queries carry their source's instruction")
+    dim: int | None = Field(
+        None, ge=1, description="how many dimensions of the vectors are compared; all if left out"
+    )
+    samples: int = Field(10, ge=0, description="rows of each source on the sheet to read")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.candidates > self.last_rank - self.skip_ranks:
+            raise problem(
+                f"'last_rank' ({self.last_rank}) must leave at least {self.candidates} 'candidates' after "
+                f"'skip_ranks' ({self.skip_ranks})",
+                "last_rank",
+            )
+        return self
+
+
+def mine_stage(
+    config: MineStage,
+    folders: Sequence[Path],
+    model: str | Path,
+    out: Path,
+    seed: int,
+    rerank: Rerank | None = None,
+    miners: Engine = ONE_PROCESS,
+) -> dict[str, Any]:
+    """Write the rows of `folders` with mined negatives to the folder of rows `out`, and what came of it.
+
+    Args:
+        model: the miner's folder, or its name on the hub.
+        seed: decides which rows are on the sheet to read.
+        rerank: scores pairs in the place of `config.cross_encoder`; one that can be sent to other processes, if
+            `miners` has any.
+        miners: who computes vectors and searches. One process takes all cores, or the GPU.
+
+    Returns:
+        Rows, candidates, and distinct texts. `report.json` has counts by source and language.
+
+    Raises F2Error where there are no retrieval rows, or `out` was begun with other rows or settings.
+    """
+    if (out / REPORT).exists():  # all but the clearing away was done
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return dict(read_json(out / REPORT)["facts"])
+    found = [part for folder in folders for part in parts(folder)]
+    sources = {source.name: source for folder in folders for source in read_sources(folder)}
+    retrieval = [source for source in sources.values() if source.format == "retrieval"]
+    if not retrieval:
+        raise F2Error(
+            f"none of {', '.join(map(str, folders))} has a source of retrieval rows, and only these are mined for; "
+            "leave the stage out."
+        )
+    work = out / WORK
+    miner = _our_folder(model, work)
+    reader = embedder(miner)
+    _claim(work, config, found, reader.identity)
+    if config.dim is not None and config.dim > reader.dim:
+        raise UsageError(f"dim is {config.dim}; {model} gives 1 to {reader.dim}.")
+    prefixes = {
+        source.name: reader.prefix("query", source.instruction) if config.instructions else ""
+        for source in retrieval
+    }
+    if config.cross_encoder and not rerank:
+        rerank = partial(cross_encoder_scores, config.cross_encoder)
+    corpus = read_corpus(found, prefixes, work)
+    with using(miners):
+        for _ in map_items(encode, plan_vectors(corpus, miner, config.dim), what="embed texts", unit="batch"):
+            pass
+    languages = corpus.languages()
+    pools = make_pools(corpus, len(found), config.pool, list(prefixes), languages)
+    blocks = [
+        Block(
+            corpus=corpus,
+            pool=pool,
+            first=first,
+            last=min(first + ROWS_AT_ONCE, rows),
+            rules=_rules(config),
+            sources=tuple(prefixes),
+            languages=tuple(languages),
+            prefixes=tuple(prefixes.values()),
+            rerank=rerank,
+        )
+        for pool in pools
+        for rows in [len(Pool.load(pool))]
+        for first in range(0, rows, ROWS_AT_ONCE)
+    ]
+    with using(miners):
+        counts = add_up(
+            one for counted in map_items(mine_block, blocks, what="mine", unit="block") for one in counted
+        )
+    tally = write_rows_out(found, corpus, pools, config.given_negatives == "keep", out)
+    write_sources(out, sources.values(), tally)
+    write_text(out / PAGE, report_page(counts))
+    write_text(
+        out / SHEET, sample_sheet(draw_samples(config.samples, seed, corpus, pools, prefixes, languages))
+    )
+    facts = {
+        "rows": sum(
+            count for source in tally.values() for fates in source.values() for count in fates.values()
+        ),
+        "rows_mined_for": sum(one["rows"] for one in counts),
+        "rows_without_candidates": sum(one["candidates"].get("0", 0) for one in counts),
+        "candidates": sum(one["ranked"]["kept"] for one in counts),
+        "texts": len(corpus),
+        "pools": len(pools),
+        "miner": reader.identity,
+    }
+    write_json(out / REPORT, {"facts": facts, "counts": counts})
+    shutil.rmtree(work)
+    return facts
+
+
+def _rules(config: MineStage) -> Rules:
+    return Rules(
+        candidates=config.candidates,
+        skip_ranks=config.skip_ranks,
+        last_rank=config.last_rank,
+        limits=Limits(config.absolute_margin, config.relative_margin, config.max_score),
+        keep_given=config.given_negatives == "keep",
+    )
+
+
+def _our_folder(model: str | Path, work: Path) -> Path:
+    """A model folder of ours as it is; another model is written as one."""
+    if (Path(model) / FACTS).is_file():
+        return Path(model)
+    if not (work / "model" / FACTS).is_file():
+        save_model(work / "model", load_base(model))
+    return work / "model"
+
+
+def _claim(work: Path, config: MineStage, found: Sequence[Part], miner: str) -> None:
+    made_of = {
+        "config": config.model_dump(mode="json"),
+        "parts": [list(part) for part in found],
+        "miner": miner,
+    }
+    path = work / "made_of.json"
+    if path.exists() and read_json(path) != made_of:
+        raise F2Error(f"{work} was begun with other rows, settings or another model; give an empty folder.")
+    write_json(path, made_of)
