@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from f2llm import pipeline
+from f2llm import pipeline, stages
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import read_json
-from f2llm.pipeline import Context, Inputs
 from f2llm.recipe import Recipe, load, recipe_hash
+from f2llm.stages import Context, Inputs
 
 RECIPE = """\
 name: fake
@@ -45,7 +45,7 @@ class Factory:
         self.ran: list[str] = []
         self.text = RECIPE.format(output=folder / "run")
         for kind in ("names", "files", "tokenizer", "train"):
-            monkeypatch.setitem(pipeline.STAGES, kind, self.stage)
+            monkeypatch.setitem(stages.STAGES, kind, self.stage)
 
     def stage(self, config: Any, given: Inputs, out: Path, context: Context) -> dict[str, Any]:
         self.ran.append(out.name)
@@ -196,12 +196,12 @@ def test_failed_stage_leaves_the_finished_ones(factory: Factory, monkeypatch: py
     def fail(config: Any, given: Inputs, out: Path, context: Context) -> dict[str, Any]:
         raise F2Error("the names have no letters.")
 
-    working = pipeline.STAGES["train"]
-    monkeypatch.setitem(pipeline.STAGES, "train", fail)
+    working = stages.STAGES["train"]
+    monkeypatch.setitem(stages.STAGES, "train", fail)
     with pytest.raises(F2Error, match=r"^the names have no letters\.$"):
         factory.run()
     assert not (factory.folder / "run/base/manifest.json").exists()
-    monkeypatch.setitem(pipeline.STAGES, "train", working)
+    monkeypatch.setitem(stages.STAGES, "train", working)
     assert factory.run() == ["base"]
 
 
@@ -228,7 +228,7 @@ def test_refusal_of_the_system_is_one_sentence(
     def fail(config: Any, given: Inputs, out: Path, context: Context) -> dict[str, Any]:
         raise error
 
-    monkeypatch.setitem(pipeline.STAGES, "train", fail)
+    monkeypatch.setitem(stages.STAGES, "train", fail)
     with pytest.raises(F2Error) as caught:
         factory.run()
     assert sentence.format(out=factory.folder / "run/base") in str(caught.value)
@@ -238,7 +238,7 @@ def test_refusal_of_the_system_is_one_sentence(
 def test_mistakes_in_the_program_are_not_dressed_up(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pipeline.STAGES, "train", lambda *_: 1 / 0)
+    monkeypatch.setitem(stages.STAGES, "train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         factory.run()
 
@@ -254,7 +254,7 @@ def test_output_that_is_a_file(factory: Factory) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from f2llm import pipeline
+from f2llm import pipeline, stages
 from f2llm.recipe import load
 
 def names(config, given, out, context):
@@ -276,7 +276,7 @@ def train(config, given, out, context):
     checkpoints.rmdir()
     return {}
 
-pipeline.STAGES.update(names=names, tokenizer=names, train=train)
+stages.STAGES.update(names=names, tokenizer=names, train=train)
 try:
     pipeline.run(load(Path(sys.argv[1])), Path(sys.argv[1]))
 except pipeline.F2Error as error:
@@ -296,8 +296,8 @@ class Child:
         command = [sys.executable, "-c", CHILD, str(self.path), str(seconds_per_step)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def start_and_wait_for(self, line: str) -> "subprocess.Popen[str]":
-        child = self.start(seconds_per_step=0.2)
+    def start_and_wait_for(self, line: str, seconds_per_step: float = 0.2) -> "subprocess.Popen[str]":
+        child = self.start(seconds_per_step)
         assert child.stdout is not None
         while (said := child.stdout.readline()) != line:
             assert said, child.communicate()
@@ -353,7 +353,7 @@ def test_checkpoints_of_other_work_are_not_used(child: Child) -> None:
 
 
 def test_folder_in_use_is_refused(child: Child) -> None:
-    first = child.start_and_wait_for("step 0\n")
+    first = child.start_and_wait_for("step 0\n", seconds_per_step=60)
     second = child.start(seconds_per_step=0)
     output, errors = second.communicate(timeout=60)
     assert (second.returncode, output) == (1, "")
@@ -373,7 +373,7 @@ def test_hash_of_the_recipe_reaches_the_stages(factory: Factory, monkeypatch: py
         seen.append(context)
         return {}
 
-    monkeypatch.setitem(pipeline.STAGES, "train", look)
+    monkeypatch.setitem(stages.STAGES, "train", look)
     factory.run()
     recipe: Recipe = load(factory.folder / "recipe.yaml")
     (context,) = seen

@@ -84,7 +84,7 @@ def complaint(words: list[str]) -> str | None:
     options = [found[0] for word in arguments if (found := OPTION.match(word))]
     names = [word for word in arguments if not OPTION.match(word)]
     if program == "f2llm":
-        verb = names[:1]
+        verb = names[:2] if names[:1] == ["data"] else names[:1]  # `data` has verbs of its own
         page = help_of(*verb)
         if not page:
             return f"f2llm has no verb {verb}"

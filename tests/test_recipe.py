@@ -90,7 +90,7 @@ WRONG = [
     ("seed: 7", "sed: 7", "sed: 7", "unknown key 'sed' in the recipe: the nearest valid key is 'seed'."),
     ("    batch_size: 8\n", "", "  base:", "stage 'base' (train) lacks the key 'batch_size' (queries in a step, over all ranks); add it."),
     ("name: small\n", "", "seed: 7", "the recipe lacks the key 'name' (what to call the run); add it."),
-    ("    stage: names\n", "", "  names:", "stage 'names' lacks the key 'stage', one of names, files, tokenizer, train, prune,"),
+    ("    stage: names\n", "", "  names:", "stage 'names' lacks the key 'stage', one of names, files, sources,"),
     ("seed: 7", "seed: 7\nseed: 8", "seed: 8", "the key 'seed' stands here and on line 2; remove one of them."),
     # values
     ("steps: 10", "steps: many", "steps:", "'steps' of stage 'base' (train) is 'many', but it should be a valid integer."),
@@ -116,7 +116,7 @@ WRONG = [
     # references
     ("models: [base]", "models:\n    - bse", "- bse", "'models' of stage 'scores' (evaluate) is 'bse', which is no stage of this recipe, but it should name an earlier train or prune stage: the nearest valid stage is 'base'."),
     ("tokenizer: words", "tokenizer: names", "tokenizer: names", "'tokenizer' of stage 'base' (train) is 'names', a names stage, but it should name an earlier tokenizer stage: the valid stages are 'words'."),
-    ("    data: names\n    vocab_size", "    data: base\n    vocab_size", "data: base", "'data' of stage 'words' (tokenizer) is 'base', which comes no earlier, but it should name an earlier names or files stage: the valid stages are 'names'."),
+    ("    data: names\n    vocab_size", "    data: base\n    vocab_size", "data: base", "'data' of stage 'words' (tokenizer) is 'base', which comes no earlier, but it should name an earlier stage of rows: the valid stages are 'names'."),
     # things that do not fit together
     ("    tokenizer: words\n", "", "  base:", "'tokenizer' goes with 'shape': a new decoder needs one, a 'base' brings its own in stage 'base'"),
     ("tokenizer: words", "base: ./model", "  base:", "exactly one of 'base' (go on from a model) and 'shape' (a new one) must be given in stage 'base' (train)."),

@@ -10,8 +10,9 @@ from f2llm.data.rows import Source, read_rows, rows_table, write_rows
 from f2llm.embed.embedder import Embedder
 from f2llm.engine import Engine, using
 from f2llm.files import read_json, write_json
-from f2llm.mine.mining import MineStage, mine_stage
+from f2llm.mine.mining import mine_stage
 from f2llm.mine.texts import embedder
+from f2llm.recipe_corpus import MineStage
 
 SOURCE = Source(
     name="texts", format="retrieval", task="texts", symmetric=False, instruction="", licence="unknown"

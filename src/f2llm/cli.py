@@ -47,12 +47,22 @@ def _options(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, such as recipes/quickstart.yaml.")],
     force: Force = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Who works on rows: processes here, or the Ray cluster that RAY_ADDRESS names."),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many work on rows at once; as many as there are cores by default."),
+    ] = None,
 ) -> None:
     """Run a recipe: do what is not done yet, print the scores, write the report."""
     from f2llm import pipeline
+    from f2llm.engine import Engine, using
     from f2llm.recipe import load
 
-    pipeline.run(load(recipe), recipe, force)
+    with using(Engine(engine, workers)):
+        pipeline.run(load(recipe), recipe, force)
 
 
 @app.command()

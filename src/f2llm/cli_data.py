@@ -13,7 +13,7 @@ from rich.text import Text
 
 from f2llm.data.catalogue import Found
 from f2llm.data.fetch import Fetched
-from f2llm.data.records import UNKNOWN, SourceRecord
+from f2llm.data.records import UNKNOWN, Layout, SourceRecord
 from f2llm.errors import UsageError
 
 app = typer.Typer(help="Sources of training rows.", no_args_is_help=True, rich_markup_mode=None)
@@ -101,6 +101,27 @@ def fetch(
         raise UsageError(
             f"the rows are here, but not what their columns are; write it under 'columns' in {', '.join(unread)}."
         )
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A file of rows, a folder or a glob.")],
+    record: Annotated[Path | None, typer.Option(help="The source's record, which says how it reads.")] = None,
+    layout: Annotated[
+        Layout | None, typer.Option("--format", help="How it reads; told by the columns by default.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Problems told of each file.")] = 10,
+    rejects: Annotated[Path | None, typer.Option(help="Write all bad records here, as JSONL.")] = None,
+) -> None:
+    """Say what is wrong with rows, and where; exit code 1 if anything is."""
+    from f2llm.data.check import check_file
+
+    reports = check_file(path, record=record, layout=layout, most=most, rejects=rejects)
+    for report in reports:
+        for line in report.lines():
+            typer.echo(line)
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
 
 
 def on_terminal() -> bool:

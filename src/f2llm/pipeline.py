@@ -20,9 +20,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +30,15 @@ from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.files import alone_in, read_json, sha256_file, sha256_folder, write_json, write_text
 from f2llm.progress import say
 from f2llm.recipe import (
-    EvaluateStage,
-    FilesStage,
-    IndexStage,
     Input,
-    NamesStage,
-    PruneStage,
     Recipe,
     Stage,
-    TokenizerStage,
-    TrainStage,
     canonical_json,
     inputs,
     recipe_hash,
 )
 from f2llm.runtime import peak_memory
+from f2llm.stages import STAGES, Context, Inputs, files_beside
 from f2llm.summary import summarise
 
 if TYPE_CHECKING:
@@ -65,102 +58,6 @@ NOT_CONTENT = (
 )  # a log tells times, never the same twice
 LIBRARIES = ("torch", "numpy", "tokenizers", "babel")
 DATA_OF = {"names": "babel"}  # stages whose result is what a library holds: a new version is new data
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a stage may know of the run beside its own config and inputs."""
-
-    seed: int
-    recipe_hash: str
-    hashes: dict[str, str]  # of the contents of its inputs, by name
-    force: bool
-    ranks: "Ranks | None"  # those of a run under torchrun
-
-
-# --- The stages: each adapter imports its stage when it is run, so that a finished torch stage costs no import.
-
-Inputs = dict[str, Path]
-Facts = dict[str, Any]
-
-
-def _names(config: NamesStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.data.names import names_stage
-
-    return names_stage(config, out, context.seed)
-
-
-def _files(config: FilesStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.data.user_files import files_stage
-
-    return files_stage(config, out.name, out)
-
-
-def _tokenizer(config: TokenizerStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.model.tokenizer import tokenizer_stage
-
-    return tokenizer_stage(config, data=given[config.data], out=out)
-
-
-def _train(config: TrainStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.train.ranks import collect, join
-    from f2llm.train.stage import train_stage
-
-    arguments: dict[str, Any] = {
-        "config": config,
-        "data": given[config.data],
-        "base": given[config.base] if config.base else None,
-        "tokenizer": given[config.tokenizer] if config.tokenizer else None,
-        "teacher": given[config.teacher] if config.teacher else None,
-        "out": out,
-        "seed": context.seed,
-        "recipe_hash": context.recipe_hash,
-        "inputs": context.hashes,
-        "force": context.force,
-    }
-    if context.ranks:
-        collect(arguments, context.ranks)
-        return train_stage(**arguments, ranks=context.ranks)
-    with join() as ranks:
-        return train_stage(**arguments, ranks=ranks)
-
-
-def _prune(config: PruneStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.compress.prune import prune_stage
-
-    return prune_stage(
-        config,
-        model=given[config.model],
-        data=given[config.data],
-        out=out,
-        seed=context.seed,
-        recipe_hash=context.recipe_hash,
-    )
-
-
-def _evaluate(config: EvaluateStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.evaluate.names import evaluate_stage
-
-    models = {name: given[name] for name in config.models}
-    return evaluate_stage(config, data=given[config.data], models=models, out=out)
-
-
-def _index(config: IndexStage, given: Inputs, out: Path, context: Context) -> Facts:
-    from f2llm.search.store import index_stage
-
-    return index_stage(config, data=given[config.data], model=given[config.model], out=out)
-
-
-StageFunction = Callable[[Any, Inputs, Path, Context], Facts]
-STAGES: dict[str, StageFunction] = {
-    "names": _names,
-    "files": _files,
-    "tokenizer": _tokenizer,
-    "train": _train,
-    "prune": _prune,
-    "evaluate": _evaluate,
-    "index": _index,
-}
 
 
 # --- The run
@@ -210,6 +107,7 @@ def _run(recipe: Recipe, recipe_path: Path, force: bool, ranks: "Ranks | None") 
             for item in inputs(config):
                 given[item.name] = Path(item.name) if item.is_path else folder / item.name
                 hashes[item.name] = _hash_of(item, contents)
+            hashes |= {str(path): sha256_file(path) for path in files_beside(config)}
             context = Context(recipe.seed, recipe_hash(recipe), hashes, force, ranks)
             contents[name] = _finish(name, config, given, folder / name, context)
         summarise(recipe, folder)
@@ -219,7 +117,12 @@ def _hash_of(item: Input, contents: dict[str, str]) -> str:
     """What the fingerprint says of an input: the hash of its content, or the name of what only the hub has."""
     if item.is_on_hub:
         return item.name
-    return content_hash(Path(item.name)) if item.is_path else contents[item.name]
+    if not item.is_path:
+        return contents[item.name]
+    if Path(item.name).exists():
+        return content_hash(Path(item.name))
+    found = {path: content_hash(Path(path)) for path in sorted(glob(item.name, recursive=True))}
+    return hashlib.sha256(canonical_json(found)).hexdigest()
 
 
 def content_hash(path: Path) -> str:
@@ -327,7 +230,7 @@ def _check_paths(recipe: Recipe) -> None:
     """What stages read from outside the run must be there before the first of them starts."""
     for name, config in recipe.stages.items():
         for item in inputs(config):
-            if item.is_path and not item.is_on_hub and not Path(item.name).exists():
+            if item.is_path and not item.is_on_hub and not glob(item.name) and not Path(item.name).exists():
                 raise UsageError(
                     f"stage {name!r} ({config.stage}) reads {item.name}, which does not exist; "
                     f"check the path, which is relative to {Path.cwd()}."

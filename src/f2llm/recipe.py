@@ -14,6 +14,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from f2llm.errors import UsageError
+from f2llm.recipe_corpus import (
+    CleanStage,
+    DecontaminateStage,
+    MineStage,
+    SourcesStage,
+    SyntheticStage,
+    TokeniseStage,
+)
 from f2llm.recipe_data import FilesStage as FilesStage
 from f2llm.recipe_data import NamesStage as NamesStage
 from f2llm.recipe_errors import explain, nearest, problem
@@ -23,6 +31,7 @@ from f2llm.recipe_fields import (
     FORMATS,
     MODEL,
     NAMES,
+    ROWS,
     STAGE_OR_MODEL,
     TOKENIZER,
     TRAINED_OR_MODEL,
@@ -277,7 +286,19 @@ class IndexStage(Strict):
 
 
 Stage = Annotated[
-    NamesStage | FilesStage | TokenizerStage | TrainStage | PruneStage | EvaluateStage | IndexStage,
+    NamesStage
+    | FilesStage
+    | SourcesStage
+    | SyntheticStage
+    | CleanStage
+    | DecontaminateStage
+    | MineStage
+    | TokeniseStage
+    | TokenizerStage
+    | TrainStage
+    | PruneStage
+    | EvaluateStage
+    | IndexStage,
     Field(discriminator="stage"),
 ]
 # A stage's name is its folder's: lower case, since some file systems do not tell the cases apart.
@@ -347,6 +368,8 @@ def _wrong_references(stages: dict[str, Stage]) -> Iterator[tuple[str, Location]
             else:
                 what = "which comes no earlier" if item.name in stages else "which is no stage of this recipe"
             wanted = f"an earlier {' or '.join(item.takes.kinds)} stage"
+            if item.takes.kinds == ROWS:
+                wanted = "an earlier stage of rows"
             if item.takes.or_path:
                 wanted += ", or a path with a slash"
             yield (

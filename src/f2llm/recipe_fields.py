@@ -24,7 +24,15 @@ class Takes(NamedTuple):
     or_hub: bool = False
 
 
-ROWS = ("names", "files")  # kinds of stages that end in rows
+ROWS = (
+    "names",
+    "files",
+    "sources",
+    "synthetic",
+    "clean",
+    "decontaminate",
+    "mine",
+)  # kinds of stages that end in rows
 DATA = Takes(ROWS)
 DATA_OR_FOLDER = Takes(ROWS, or_path=True)
 NAMES = Takes(("names",))

@@ -16,7 +16,6 @@ import pytest
 from f2llm.data import clean_stage as stage
 from f2llm.data import cleaning
 from f2llm.data.clean_stage import clean_stage, over
-from f2llm.data.cleaning import CleanStage
 from f2llm.data.licences import NOT_COMMERCIAL, NOT_KNOWN, obstacle
 from f2llm.data.parts import write_part
 from f2llm.data.rows import Source, read_rows, row_hash, rows_table
@@ -24,6 +23,7 @@ from f2llm.data.tidy import tidy, tidy_all
 from f2llm.engine import Engine, using
 from f2llm.errors import F2Error
 from f2llm.files import read_json, sha256_folder, write_json
+from f2llm.recipe_corpus import CleanStage
 
 settings = partial(CleanStage, stage="clean", data=["rows"])
 ONE = Engine(workers=1)

@@ -14,8 +14,8 @@ from tests.data import naive_texts as naive
 from tests.data.naive_texts import SENTENCES
 
 from f2llm.data import contamination, decontaminate
-from f2llm.data.contamination import METHODS, Limits, Method, build_shards, judge, make_shard, open_shards
-from f2llm.data.decontaminate import REPORT, DecontaminateStage, decontaminate_stage
+from f2llm.data.contamination import METHODS, build_shards, judge, make_shard, open_shards
+from f2llm.data.decontaminate import REPORT, decontaminate_stage
 from f2llm.data.folded import fold
 from f2llm.data.held_out import Batch, held_out_texts
 from f2llm.data.parts import REJECTS, parts, read_part, write_part, write_sources
@@ -23,6 +23,7 @@ from f2llm.data.rows import ROWS_FILE, Source, row_hash, rows_table
 from f2llm.engine import Engine, using
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import read_json, sha256_folder
+from f2llm.recipe_corpus import Contamination, DecontaminateStage, Limits
 from f2llm.rng import generator
 
 FACTS: dict[str, Any] = {"task": "t", "symmetric": False, "instruction": "i", "licence": "CC0-1.0"}
@@ -72,7 +73,9 @@ def run(
     return kept, pq.read_table(out / REJECTS) if (out / REJECTS).exists() else kept.slice(0, 0)
 
 
-def methods_of(training: Texts, held_out: Texts, methods: tuple[Method, ...] = METHODS) -> list[str | None]:
+def methods_of(
+    training: Texts, held_out: Texts, methods: tuple[Contamination, ...] = METHODS
+) -> list[str | None]:
     """The method by which each training text hits, or None."""
     shard = make_shard(fold(pa.array(held_out, pa.string())), ["held"] * len(held_out), LIMITS)
     hits = judge(fold(pa.array(training, pa.string())), [shard], LIMITS, methods)

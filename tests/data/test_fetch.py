@@ -17,11 +17,12 @@ from f2llm.data import fetch as fetching
 from f2llm.data import hub
 from f2llm.data.fetch import fetch, settle
 from f2llm.data.hub import Rows
-from f2llm.data.importing import SourcesStage, sources_stage
+from f2llm.data.importing import sources_stage
 from f2llm.data.propose import propose
 from f2llm.data.records import UNKNOWN, Columns, SourceRecord, read_record, write_record
 from f2llm.data.rows import read_rows
 from f2llm.errors import F2Error, UsageError
+from f2llm.recipe_corpus import SourcesStage
 
 REVISIONS = ("a" * 40, "b" * 40)
 CARD = """\

@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from f2llm.data import import_item, importing
-from f2llm.data.importing import SourcesStage, sources_stage
+from f2llm.data.importing import sources_stage
 from f2llm.data.parts import parts
 from f2llm.data.records import read_records
 from f2llm.data.rows import read_rows, row_hash
 from f2llm.engine import Engine, using
 from f2llm.errors import UsageError
 from f2llm.files import read_json, sha256_folder
+from f2llm.recipe_corpus import SourcesStage
 
 CORPUS = Path(__file__).parents[2] / "recipes" / "corpus-demo"
 ONE = Engine(workers=1)

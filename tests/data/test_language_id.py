@@ -11,9 +11,10 @@ from babel.core import get_global
 
 from f2llm import languages as lang
 from f2llm.data import language_id as lid
-from f2llm.data.cleaning import CleanStage, clean_rows
+from f2llm.data.cleaning import clean_rows
 from f2llm.data.macrolanguages import family, in_form, table
 from f2llm.data.rows import Source, rows_table
+from f2llm.recipe_corpus import CleanStage
 
 pytest.importorskip("py3langid", reason="py3langid is not installed")
 

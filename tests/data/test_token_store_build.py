@@ -18,13 +18,14 @@ from f2llm.data import token_store_numbers
 from f2llm.data.parts import parts, write_part
 from f2llm.data.rows import SCHEMA, SOURCES_FILE, Source, read_rows, read_sources, rows_table, write_rows
 from f2llm.data.token_store import open_store
-from f2llm.data.token_store_build import TokeniseStage, build, tokenise_stage
+from f2llm.data.token_store_build import build, tokenise_stage
 from f2llm.data.token_store_format import NO_LABEL
 from f2llm.data.token_store_numbers import HashFile, number_texts, text_hashes
 from f2llm.engine import Engine, using
 from f2llm.errors import F2Error
 from f2llm.files import write_json
 from f2llm.model.prompts import query_prefix
+from f2llm.recipe_corpus import TokeniseStage
 from f2llm.text import clean
 
 Row = dict[str, Any]

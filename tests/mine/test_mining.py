@@ -19,9 +19,10 @@ from f2llm.data.rows import Source, read_rows, row_hash, rows_table, write_rows
 from f2llm.engine import Engine, using
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import write_json
-from f2llm.mine.mining import MineStage, mine_stage
+from f2llm.mine.mining import mine_stage
 from f2llm.mine.search import Scores
 from f2llm.mine.texts import embedder
+from f2llm.recipe_corpus import MineStage
 
 Things = list[dict[str, str]]
 Row = dict[str, Any]

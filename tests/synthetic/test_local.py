@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from f2llm.errors import UsageError
-from f2llm.synthetic.settings import SyntheticStage
+from f2llm.recipe_corpus import SyntheticStage
 from f2llm.synthetic.stage import synthetic_stage
 
 

@@ -7,11 +7,11 @@ import pytest
 from pydantic import ValidationError
 
 from f2llm.errors import UsageError
+from f2llm.recipe_corpus import SyntheticStage
 from f2llm.synthetic.generate import Author, Topic
 from f2llm.synthetic.kinds import KINDS, Kind, LabelTask, Task
 from f2llm.synthetic.preview import preview
 from f2llm.synthetic.prompt_files import PLACEHOLDERS, language_with_codes, load_prompts
-from f2llm.synthetic.settings import SyntheticStage
 
 CONFIG = SyntheticStage(
     stage="synthetic", model="m", url="http://localhost/v1", languages=["zho_Hant", "srp"]

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from f2llm.data import language_id
-from f2llm.data.cleaning import CleanStage, clean_rows
+from f2llm.data.cleaning import clean_rows
 from f2llm.data.coded import Flags
 from f2llm.data.folded import Hashes, mix
 from f2llm.data.near_duplicates import REASON_NAMES, REASONS, find_duplicates
@@ -41,6 +41,7 @@ from f2llm.data.rows import open_rows, read_sources, row_files
 from f2llm.engine import map_items
 from f2llm.errors import F2Error
 from f2llm.files import atomic_write, read_json, write_json
+from f2llm.recipe_corpus import CleanStage
 from f2llm.rng import generator
 
 REPORT = "report.json"

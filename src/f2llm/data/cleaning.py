@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
 from f2llm.data import language_id, licences, personal
 from f2llm.data.coded import Coded, Flags, Lists, Numbers, encode, list_column, query_column, replaced
@@ -24,57 +23,13 @@ from f2llm.data.parts import REJECT_SCHEMA, Sifted
 from f2llm.data.rows import SCHEMA, row_hash
 from f2llm.data.tidy import tidy, tidy_all
 from f2llm.errors import F2Error
-from f2llm.recipe_fields import DATA, FILES, Strict
+from f2llm.recipe_corpus import CleanStage
 
 OPTED_OUT: Final = "opted out"
 SAME_AS_QUERY: Final = "same text as the query"
 SAME_AS_POSITIVE: Final = "same text as a positive"
 TWICE: Final = "listed twice"
 WITH: Final = "with"
-
-
-class CleanStage(Strict):
-    """Rows fit to be trained on. What is dropped is told by reason, source and language in report.json."""
-
-    stage: Literal["clean"]
-    data: Annotated[list[str], DATA] = Field(
-        min_length=1,
-        description="stages whose rows to clean; of repeats the first is kept, so put the best first",
-    )
-    min_characters: int = Field(1, ge=1, description="shortest text")
-    max_characters: int | None = Field(100_000, ge=1, description="longest text; no limit if null")
-    too_long: Literal["drop", "cut"] = Field("drop", description="what becomes of longer texts")
-    equal_pairs: Literal["keep", "drop"] = Field(
-        "drop", description="positives that are the very text of their query"
-    )
-    duplicates: Literal["keep", "exact", "near"] = Field(
-        "exact", description="which rows that repeat an earlier row to drop; near: the exact ones too"
-    )
-    near_above: float = Field(
-        0.8, gt=0, lt=1, description="similarity of texts (Jaccard, of short runs of characters) that is near"
-    )
-    language_tags: Literal["keep", "individual", "macrolanguage"] = Field(
-        "keep", description="one name for languages with two, cmn or zho; keep: as the sources have them"
-    )
-    language_check: Literal["off", "report", "drop"] = Field(
-        "off", description="tell the language of each query and first positive; drop rows tagged as another"
-    )
-    language_sure: float = Field(
-        0.9, gt=0, le=1, description="probability of another language that counts against the tag"
-    )
-    emails: personal.Action = Field("keep", description="texts with e-mail addresses")
-    phones: personal.Action = Field("keep", description="texts with international phone numbers")
-    keys: personal.Action = Field("mask", description="texts with access keys and private keys")
-    cards: personal.Action = Field("mask", description="texts with numbers of payment cards")
-    ibans: personal.Action = Field("mask", description="texts with bank account numbers (IBAN)")
-    commercial_only: bool = Field(
-        False, description="drop rows whose licence is not known to allow commercial use"
-    )
-    opt_out: Annotated[list[str], FILES] = Field(
-        [], description="files of texts, row hashes and names of sources to leave out, one a line"
-    )
-    rows_per_source: int | None = Field(None, ge=1, description="most rows of one source")
-    rows_per_language: int | None = Field(None, ge=1, description="most rows of one language of a source")
 
 
 class Reasons:

@@ -19,36 +19,23 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
 
 from f2llm.data import minhash, words
 from f2llm.data.folded import Hashes, Rows, Texts, fold, mix, starts_of
 from f2llm.data.held_out import Batch
 from f2llm.data.words import Words
 from f2llm.files import atomic_write, read_json, write_json
-from f2llm.recipe_fields import Strict
+from f2llm.recipe_corpus import CONTAMINATIONS, Limits
 
-Method = Literal["exact", "containment", "n-gram", "near duplicate"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS = CONTAMINATIONS
 SHARD_CHARACTERS = 1 << 24
 MATCHES = 1 << 20  # of hashes, held at a time
 SHARD_FILE = "shard.json"  # written last: the test set of each text, and their lengths
-
-
-class Limits(Strict):
-    """From how many words on texts are compared; 2 ideographs or 5 letters of Thai count as one word."""
-
-    exact_words: int = Field(3, ge=1, description="shortest text for exact equality and near duplicates")
-    contained_words: int = Field(8, ge=1, description="shortest text that may stand within another")
-    ngram_words: int = Field(13, ge=1, description="length of a run of words that two texts may not share")
-    threshold: float = Field(
-        0.8, gt=0, lt=1, description="Jaccard similarity above which texts are near duplicates"
-    )
 
 
 class Table(NamedTuple):

@@ -9,47 +9,27 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
 
-from f2llm.data.contamination import METHODS, Limits, Method, Shard, build_shards, judge, open_shards
+from f2llm.data.contamination import METHODS, Shard, build_shards, judge, open_shards
 from f2llm.data.folded import fold, starts_of
 from f2llm.data.held_out import held_out_texts
 from f2llm.data.parts import KEPT, REJECT_SCHEMA, REJECTS, Sifted, Tally, sift
 from f2llm.data.rows import SCHEMA, row_hash
 from f2llm.files import read_json, write_json
-from f2llm.recipe_fields import DATA, FILES, Strict
+from f2llm.recipe_corpus import DecontaminateStage, Limits
 
 REPORT = "decontamination.json"
 SHARDS = "held_out"  # folder of tables, gone when the stage is done
 SLICE = 1 << 12  # rows judged at a time
 SAMPLES = 3  # pairs shown of each source, test set and method
 SHOWN = 400  # characters of a text in the report
-
-
-class DecontaminateStage(Strict):
-    """Rows without those that hold a test text."""
-
-    stage: Literal["decontaminate"]
-    data: Annotated[list[str], DATA] = Field(min_length=1, description="stages whose rows are judged")
-    against: Annotated[list[str], FILES] = Field(
-        [], description="files, folders and globs of test texts: Parquet, JSONL, CSV, TSV or plain text"
-    )
-    mteb_tasks: list[str] = Field([], description="tasks of MTEB whose test splits are not to be seen")
-    methods: list[Method] = Field(list(METHODS), min_length=1, description="ways of looking for test texts")
-    limits: Limits = Field(Limits(), description="from how many words on texts are compared")
-
-    @model_validator(mode="after")
-    def _against_something(self) -> "DecontaminateStage":
-        if not self.against and not self.mteb_tasks:
-            raise ValueError("give test texts: `against` (files or folders) or `mteb_tasks`")
-        return self
 
 
 class Judge(NamedTuple):

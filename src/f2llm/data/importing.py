@@ -15,9 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from f2llm.data.import_item import (
     BY_CHOICE,
@@ -38,32 +36,10 @@ from f2llm.data.records import Placed, SourceRecord, read_records
 from f2llm.engine import map_items
 from f2llm.errors import UsageError
 from f2llm.files import write_json
-from f2llm.recipe_fields import FILES, Strict
+from f2llm.recipe_corpus import SourcesStage
 
 ITEM_BYTES = 1 << 28  # of files that are one item of work; a larger file is one by itself
 TOO_MANY = 0.5  # of a source's records are faulty: then it is not they that are wrong
-
-
-class SourcesStage(Strict):
-    """Rows of sources, from files that lie on this machine, as their records say."""
-
-    stage: Literal["sources"]
-    records: Annotated[list[str], FILES] = Field(
-        min_length=1, description="files with records of sources, or folders of them"
-    )
-    root: str | None = Field(
-        None,
-        min_length=1,
-        description="what the records' files are relative to; to the record's own folder, if left out",
-    )
-    sources: list[str] | None = Field(
-        None, min_length=1, description="only these, by name; all of the records, if left out"
-    )
-    limit: int | None = Field(
-        None,
-        ge=1,
-        description="most records read of a source, drawn at random; of parallel texts, most pairs",
-    )
 
 
 def sources_stage(config: SourcesStage, out: Path, seed: int) -> dict[str, Any]:
@@ -117,6 +93,19 @@ def load_records(config: SourcesStage) -> list[Placed]:
     return [one for name, one in placed.items() if config.sources is None or name in config.sources]
 
 
+def source_files(config: SourcesStage) -> list[Path]:
+    """The files that the stage reads, beside the records."""
+    found = []
+    for record, place in load_records(config):
+        found += find_files(record.files, _root(config, place), KINDS)
+    return found
+
+
+def _root(config: SourcesStage, place: str) -> Path:
+    """What a record's files are relative to."""
+    return Path(config.root) if config.root else Path(place.rsplit(":", 1)[0]).parent
+
+
 # --- Items of work
 
 
@@ -129,7 +118,7 @@ def _items(config: SourcesStage, chosen: Sequence[Placed], out: Path, seed: int)
             raise UsageError(
                 f"{place}: {record.name} names no files; write 'files' into its record, or fetch it."
             )
-        root = Path(config.root) if config.root else Path(place.rsplit(":", 1)[0]).parent
+        root = _root(config, place)
         found[record.name] = record, root, find_files(record.files, root, KINDS)
     counted = _counts(config.limit, found)
     number = 0

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from f2llm.data.folded import Codes, Hashes, Offsets, Texts, is_wide, mix, starts_of
+from f2llm.data.folded import Codes, Hashes, Offsets, Texts, is_wide, mix
 from f2llm.rng import generator
 
 SHINGLE = 5  # characters of an alphabet
@@ -140,18 +140,29 @@ def hashed(texts: Texts) -> Texts:
 
 
 def _jaccard(left: Texts, right: Texts) -> npt.NDArray[np.float64]:
-    # One sort puts equal shingles of a pair side by side: pair | shingle | side.
-    marks_C = np.concatenate([left.owners(), right.owners()]).view(np.uint64)
-    marks_C <<= np.uint64(32)
-    marks_C |= np.concatenate([left.codes_C, right.codes_C])
-    marks_C <<= np.uint64(1)
-    marks_C[len(left.codes_C) :] |= np.uint64(1)
+    # One sort puts equal shingles of a pair side by side.
+    marks_C = np.concatenate([_marks(left, side=0), _marks(right, side=1)])
     marks_C.sort()
     # A shingle in both is where the side alone changes, for its copies on one side are one and the same mark.
-    steps_C = np.zeros_like(marks_C)
-    np.bitwise_xor(marks_C[1:], marks_C[:-1], out=steps_C[1:])
+    steps_C = marks_C.copy()
+    steps_C[1:] ^= marks_C[:-1]
     steps_C[:1] = 2  # the very first mark begins a shingle like any that differs from the one before it
-    both_T, all_T = (
-        np.diff(starts_of(counted_C)[left.starts + right.starts]) for counted_C in (steps_C == 1, steps_C > 1)
-    )
-    return np.where(all_T == 0, 1.0, both_T / np.maximum(all_T, 1))
+    starts = left.starts + right.starts
+    has_any = np.diff(starts) > 0
+    similarity_T = np.ones(len(left))
+    if has_any.any():
+        both, either = (
+            np.add.reduceat(counted_C.view(np.int8), starts[:-1][has_any], dtype=np.int32)
+            for counted_C in (steps_C == 1, steps_C > 1)
+        )
+        similarity_T[has_any] = both / either
+    return similarity_T
+
+
+def _marks(texts: Texts, side: int) -> Hashes:
+    """Pair | shingle | side, in one word for each shingle [C]."""
+    marks_C = texts.codes_C.astype(np.uint64)
+    marks_C <<= np.uint64(1)
+    marks_C |= np.uint64(side)
+    marks_C |= texts.owners().view(np.uint64) << np.uint64(33)
+    return marks_C

@@ -7,12 +7,10 @@ is not, since any seven digits may be one.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-
-Action = Literal["keep", "mask", "drop"]
 
 
 class Kind(NamedTuple):

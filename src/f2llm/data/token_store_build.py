@@ -17,10 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from f2llm.data.parts import Part, parts, read_part
 from f2llm.data.rows import Source, read_sources
@@ -31,25 +30,9 @@ from f2llm.data.token_store_texts import Prompts, part_texts, slices
 from f2llm.engine import map_items
 from f2llm.errors import F2Error
 from f2llm.files import read_object, sha256_file, write_json
-from f2llm.recipe_fields import DATA_OR_FOLDER, Strict, Takes
+from f2llm.recipe_corpus import TokeniseStage
 
 PLAN_FILE, DONE, HASHES, NUMBERING = "plan.json", "done", "hashes", "numbering"
-
-
-class TokeniseStage(Strict):
-    """Token ids of every distinct text of the rows, stored once, for training that reads them from disk."""
-
-    stage: Literal["tokenise"]
-    data: Annotated[list[str], DATA_OR_FOLDER] = Field(
-        min_length=1,
-        description="stages or folders of rows; put new ones last, and the others are not done again",
-    )
-    tokenizer: Annotated[str, Takes(("tokenizer", "train"), or_path=True)] = Field(
-        description="stage or folder that has the tokenizer.json"
-    )
-    instructions: bool = Field(
-        True, description="keep queries, and documents of symmetric sources, behind their instruction as well"
-    )
 
 
 def tokenise_stage(

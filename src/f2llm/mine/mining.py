@@ -13,9 +13,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from f2llm.data.parts import Part, parts, write_sources
 from f2llm.data.rows import read_sources
@@ -25,69 +23,16 @@ from f2llm.files import read_json, write_json, write_text
 from f2llm.mine.block import ROWS_AT_ONCE, Block, Rerank, Rules, mine_block
 from f2llm.mine.choice import Limits
 from f2llm.mine.cross_encoder import cross_encoder_scores
-from f2llm.mine.pools import Pool, PoolOf, make_pools
+from f2llm.mine.pools import Pool, make_pools
 from f2llm.mine.report import add_up, report_page, sample_sheet
 from f2llm.mine.rows_out import draw_samples, write_rows_out
 from f2llm.mine.texts import embedder, encode, plan_vectors, read_corpus
 from f2llm.model.base import load_base
 from f2llm.model.folder import FACTS, save_model
-from f2llm.recipe_errors import problem
-from f2llm.recipe_fields import DATA_OR_FOLDER, STAGE_OR_MODEL, Strict
+from f2llm.recipe_corpus import MineStage
 
 WORK, REPORT, PAGE, SHEET = "work", "report.json", "report.md", "samples.md"
 ONE_PROCESS = Engine(workers=1)
-
-
-class MineStage(Strict):
-    """Hard negatives for retrieval rows: the most similar documents that are not right, by a model's judgement."""
-
-    stage: Literal["mine"]
-    data: Annotated[list[str], DATA_OR_FOLDER] = Field(
-        min_length=1, description="stages with rows, or paths (with a slash) of folders of rows"
-    )
-    model: Annotated[str, STAGE_OR_MODEL] = Field(
-        description="the miner: a train or prune stage, the path (with a slash) of a model folder, or a model of the "
-        "hub, as owner/name or owner/name@revision"
-    )
-    candidates: int = Field(24, ge=1, description="most negatives mined for a row")
-    skip_ranks: int = Field(
-        0, ge=0, description="most similar documents that are passed over, as too likely to be right"
-    )
-    last_rank: int = Field(100, ge=1, description="how many of the most similar documents are looked at")
-    absolute_margin: float | None = Field(
-        None, ge=0, description="a negative scores at least this much less than the row's lowest positive"
-    )
-    relative_margin: float | None = Field(
-        0.05, ge=0, description="the same as a share of the size of that positive's score"
-    )
-    max_score: float | None = Field(None, description="a negative scores at most this")
-    cross_encoder: str | None = Field(
-        None,
-        min_length=1,
-        description="a cross-encoder (folder or hub name) whose scores replace those of the model within the ranks",
-    )
-    pool: PoolOf = Field(
-        "source",
-        description="where negatives come from: rows of the same source, of the same language of documents, all",
-    )
-    given_negatives: Literal["keep", "replace"] = Field(
-        "keep", description="whether mined negatives come behind those that a row has, or in their place"
-    )
-    instructions: bool = Field(True, description="whether queries carry their source's instruction")
-    dim: int | None = Field(
-        None, ge=1, description="how many dimensions of the vectors are compared; all if left out"
-    )
-    samples: int = Field(10, ge=0, description="rows of each source on the sheet to read")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.candidates > self.last_rank - self.skip_ranks:
-            raise problem(
-                f"'last_rank' ({self.last_rank}) must leave at least {self.candidates} 'candidates' after "
-                f"'skip_ranks' ({self.skip_ranks})",
-                "last_rank",
-            )
-        return self
 
 
 def mine_stage(

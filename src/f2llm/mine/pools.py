@@ -18,15 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from f2llm.files import atomic_write, read_json, write_json
 from f2llm.mine.search import NO_DOCUMENT, Numbers, Pairs
 from f2llm.mine.texts import NO_LABEL, Corpus, PartRows
-
-PoolOf = Literal["source", "language", "corpus"]
+from f2llm.recipe_corpus import PoolOf
 
 
 class Reason(IntEnum):

@@ -11,10 +11,10 @@ from itertools import product
 from typing import NamedTuple
 
 from f2llm.languages import english_name
+from f2llm.recipe_corpus import KindName, SyntheticStage
 from f2llm.synthetic.asking import Asker, Request, each
-from f2llm.synthetic.kinds import KINDS, Kind, KindName, LabelTask, Task, bullets, row_form, tasks_form
+from f2llm.synthetic.kinds import KINDS, Kind, LabelTask, Task, bullets, row_form, tasks_form
 from f2llm.synthetic.prompt_files import Prompt, language_with_codes
-from f2llm.synthetic.settings import SyntheticStage
 
 TASKS_AT_ONCE = 20  # asked for in one request
 TOLD = 100  # tasks that a request for further ones is told, the latest

@@ -8,23 +8,13 @@ forms go to the server as JSON schema, and whatever it answers is read through t
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from f2llm.recipe_corpus import KindName
 from f2llm.recipe_fields import Format
 from f2llm.text import clean
-
-KindName = Literal[
-    "short-long",
-    "long-short",
-    "short-short",
-    "long-long",
-    "paraphrase",
-    "bitext",
-    "classification",
-    "clustering",
-]
 
 
 class Span(NamedTuple):

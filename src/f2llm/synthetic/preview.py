@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from f2llm.recipe_corpus import SyntheticStage
 from f2llm.synthetic.generate import TASKS_AT_ONCE, Author, Topic
 from f2llm.synthetic.kinds import KINDS, LONG, Kind, LabelTask, Span, Task
 from f2llm.synthetic.prompt_files import load_prompts
-from f2llm.synthetic.settings import SyntheticStage
 
 # Assumed, not measured: a token has so many bytes in a prompt, which is mostly English; an answer so many tokens.
 BYTES_A_TOKEN = 4.0

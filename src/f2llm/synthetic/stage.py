@@ -21,6 +21,7 @@ from f2llm.data.parts import KEPT, REJECT_SCHEMA, REJECTS, Tally, write_part, wr
 from f2llm.data.rows import ROWS_FILE, SCHEMA, Source, rows_table
 from f2llm.files import ROWS_IN_A_GROUP, write_json
 from f2llm.progress import progress, say
+from f2llm.recipe_corpus import SyntheticStage
 from f2llm.synthetic.asking import Asker
 from f2llm.synthetic.budget import Budget
 from f2llm.synthetic.checks import Checks, Encoder, IsOther, Reason, Row, check_languages, columns, make_row
@@ -30,7 +31,6 @@ from f2llm.synthetic.journal import Journal, open_journal
 from f2llm.synthetic.kinds import KINDS, Kind
 from f2llm.synthetic.local import local_model
 from f2llm.synthetic.prompt_files import load_prompts
-from f2llm.synthetic.settings import SyntheticStage
 
 PROVENANCE = "provenance.parquet"
 ANSWERS_FOLDER = "answers"  # in the order in which they came, so no part of what a run results in
