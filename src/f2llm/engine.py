@@ -70,7 +70,7 @@ def map_items(
             is the error's note.
     """
     engine = _engine.get()
-    one_by_one = engine.kind == "local" and (engine.at_once == 1 or len(items) < 2)
+    one_by_one = not items or (engine.kind == "local" and (engine.at_once == 1 or len(items) < 2))
     results = map(function, items) if one_by_one else ENGINES[engine.kind](function, items, engine)
     with progress(total=len(items), what=what, unit=unit) as bar:
         for result in results:
