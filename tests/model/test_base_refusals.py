@@ -51,7 +51,8 @@ def test_another_pooling_is_refused_by_name(
 
 @pytest.mark.parametrize("mode", ["lasttoken", ["lasttoken"]])
 def test_pooling_of_the_last_token_is_accepted_in_each_form(make_folder: MakeFolder, mode: object) -> None:
-    load_base(make_folder(changes={"1_Pooling/config.json": {"pooling_mode": mode}}))
+    folder = make_folder(changes={"1_Pooling/config.json": {"pooling_mode": mode}})
+    assert load_base(folder).facts.identity == load_base(make_folder()).facts.identity
 
 
 def modules(*kinds: str) -> str:
