@@ -14,6 +14,7 @@ import torch
 from f2llm.files import read_json
 from f2llm.model.folder import load_model
 from f2llm.train.objective import Kind
+from f2llm.train.optim import clear_gradients
 from f2llm.train.ranks import ALONE, shard
 from f2llm.train.step import accumulate_gradients
 from workers.train_objective import clock, loss_of, part, report
@@ -28,6 +29,10 @@ def commands(
     decoder = load_model(Path(model_folder)).decoder.train()
     ranks = replace(ALONE, device=torch.device(device))
     shard(decoder, ranks, "bf16" if device == "cuda" else "fp32", activation_checkpointing=False)
+    decoder.embed_tokens.sparse = (
+        device == "cpu"
+    )  # as the trainer has it, whose optimizer clears the gradients
+    parameters = dict(decoder.named_parameters())
     ids, queries = read_json(Path(ids_file)), int(queries_in_file)
     tokens = sum(map(len, ids))
 
@@ -39,7 +44,7 @@ def commands(
         objective = partial(loss_of, queries=queries // batches, kind=kind)
         started = clock(device)
         for batch in parts:
-            decoder.zero_grad(set_to_none=True)
+            clear_gradients(parameters)
             loss, _ = accumulate_gradients(decoder, batch, objective, tokens_per_microbatch, ranks)
         return report(clock(device) - started, loss, decoder.parameters())
 

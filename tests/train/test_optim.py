@@ -167,6 +167,23 @@ def test_weights_decay_but_norms_and_extra_ones_do_not_and_frozen_ones_stay(
     assert extra.item() == -3
 
 
+def test_a_dense_tables_gradient_is_that_of_this_step_alone(settings: Settings) -> None:
+    decoder, plain = make_decoder(), make_decoder()
+    plain.load_state_dict(decoder.state_dict())
+    optimizer = make_optimizer(decoder, settings(embedding_rows="dense"))
+    assert plain.embed_tokens.weight.grad is None and not plain.embed_tokens.sparse
+    kept_VE = decoder.embed_tokens.weight.grad
+    for step in range(3):
+        optimizer.zero_grad()
+        plain.zero_grad()
+        for ids_T in ids_of(step).split(4):  # micro-batches
+            backward_table(decoder, step, ids_T)
+            backward_table(plain, step, ids_T)
+        assert decoder.embed_tokens.weight.grad is kept_VE and kept_VE is not None
+        assert plain.embed_tokens.weight.grad is not None and not plain.embed_tokens.weight.grad.is_sparse
+        torch.testing.assert_close(kept_VE, plain.embed_tokens.weight.grad, rtol=1e-6, atol=1e-7)
+
+
 def test_extra_parameters_learn(settings: Settings) -> None:
     extra = nn.Parameter(torch.tensor(1.0))
     optimizer = make_optimizer(make_decoder(), settings(learning_rate=0.25), {"log_temperature": extra})

@@ -72,7 +72,8 @@ def make_optimizer(
             f"'embedding_rows' is {config.embedding_rows!r}, which needs the whole embedding table in one place, but "
             "on several ranks and in bf16 it is sharded; train in one process and fp32, or take 'dense'."
         )
-    decoder.embed_tokens.sparse = by_rows
+    # Sparse gradients also save dense steps on a CPU the zeros of a whole table for each backward pass.
+    decoder.embed_tokens.sparse = by_rows or _keeps_gradient(decoder.embed_tokens.weight)
     parameters = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     rows = RowAdamW(parameters.pop(TABLE), config) if by_rows else None
     norms = [p for name, p in parameters.items() if name.endswith("norm.weight")]
@@ -101,6 +102,7 @@ class Optimizer:
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+        self.zero_grad()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The learning rate of the steps from now on, at most the configured one."""
@@ -118,7 +120,7 @@ class Optimizer:
             self._rows.catch_up(torch.arange(len(self._rows.table_VE), device=self._rows.table_VE.device))
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        clear_gradients(self._parameters)
         if self._rows:
             self._rows.table_VE.grad = None
 
@@ -165,6 +167,20 @@ class Optimizer:
             )
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def clear_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Forget gradients by parameters' names; what `_keeps_gradient` is zeros, to which a backward pass adds rows."""
+    for name, p in parameters.items():
+        if name == TABLE and _keeps_gradient(p):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        else:
+            p.grad = None
+
+
+def _keeps_gradient(table_VE: Tensor) -> bool:
+    """Whether a dense table's gradient stays in its memory from step to step: fresh pages cost more than zeros."""
+    return table_VE.device.type == "cpu" and not is_sharded(table_VE)
 
 
 def is_sharded(tensor: Tensor) -> bool:
