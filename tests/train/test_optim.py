@@ -171,7 +171,6 @@ def test_a_dense_tables_gradient_is_that_of_this_step_alone(settings: Settings) 
     decoder, plain = make_decoder(), make_decoder()
     plain.load_state_dict(decoder.state_dict())
     optimizer = make_optimizer(decoder, settings(embedding_rows="dense"))
-    assert plain.embed_tokens.weight.grad is None and not plain.embed_tokens.sparse
     kept_VE = decoder.embed_tokens.weight.grad
     for step in range(3):
         optimizer.zero_grad()
