@@ -4,15 +4,13 @@ The peer runs at its default batch size and at its best of 1, 2, 4 ... 32 (found
 and with our memory policy; tokens are real ones, and both sides are timed from strings to vectors.
 """
 
-import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from f2llm.files import write_json
-from harness import Figure, PeerMissing, Row, Worker, finish, measured, skipped, start, take_turns, worker
+from harness import Figure, Part, PeerMissing, Row, Worker, benchmark, measured, skipped, take_turns, worker
 from inputs import EVERYTHING, FULL, SMALL, describe, draw_texts, make_model, token_ids
 
 DEFAULT_BATCH = 32  # sentence-transformers' own
@@ -75,37 +73,34 @@ def against_our_policy(ours: Worker, peer: Worker, tokens: int) -> tuple[Figure,
     return measured(AT_BEST_POLICY, tokens / seconds["ours"], tokens / seconds["peer"]), best
 
 
+def parts(folder: Path, small: bool) -> list[Part]:
+    size, count = (SMALL, 24) if small else (FULL, 128)
+    texts, origin = draw_texts(size, EVERYTHING, count)
+    model = make_model(folder / "model", size, texts, MAX_LENGTH)
+    inputs: dict[str, Any] = describe(size, model, token_ids(model, texts), origin)
+    print(f"texts: {inputs}", flush=True)
+    write_json(folder / "texts.json", texts)
+    arguments = (folder / "model", folder / "texts.json")
+    peer_name = "encode_sentence_transformers"
+    with worker("encode_ours", *arguments, keep_memory=True) as ours:
+        tokens = ours.call("tokens")
+        workers = {"ours": ours.facts}
+        try:
+            with worker(peer_name, *arguments, peer=True) as peer:
+                figures, batch = against_default_allocator(ours, peer, folder, tokens)
+                workers["peer"] = {**peer.facts, "best_batch_size": batch}
+            with worker(peer_name, *arguments, peer=True, keep_memory=True) as peer:
+                figure, batch = against_our_policy(ours, peer, tokens)
+                figures.append(figure)
+                workers["peer, our memory policy"] = {**peer.facts, "best_batch_size": batch}
+        except PeerMissing as missing:
+            rows = (AT_DEFAULT, AT_BEST, COSINE, AT_BEST_POLICY)
+            figures = [skipped(row, str(missing)) for row in rows]
+    return [Part(figures, inputs, workers)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--small", action="store_true", help="a tiny model and few texts: a trial, no figures"
-    )
-    size, count = (SMALL, 24) if parser.parse_args().small else (FULL, 128)
-    started = start()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        texts, origin = draw_texts(size, EVERYTHING, count)
-        model = make_model(folder / "model", size, texts, MAX_LENGTH)
-        inputs: dict[str, Any] = describe(size, model, token_ids(model, texts), origin)
-        print(f"texts: {inputs}", flush=True)
-        write_json(folder / "texts.json", texts)
-        arguments = (folder / "model", folder / "texts.json")
-        peer_name = "encode_sentence_transformers"
-        with worker("encode_ours", *arguments, keep_memory=True) as ours:
-            tokens = ours.call("tokens")
-            workers = {"ours": ours.facts}
-            try:
-                with worker(peer_name, *arguments, peer=True) as peer:
-                    figures, batch = against_default_allocator(ours, peer, folder, tokens)
-                    workers["peer"] = {**peer.facts, "best_batch_size": batch}
-                with worker(peer_name, *arguments, peer=True, keep_memory=True) as peer:
-                    figure, batch = against_our_policy(ours, peer, tokens)
-                    figures.append(figure)
-                    workers["peer, our memory policy"] = {**peer.facts, "best_batch_size": batch}
-            except PeerMissing as missing:
-                rows = (AT_DEFAULT, AT_BEST, COSINE, AT_BEST_POLICY)
-                figures = [skipped(row, str(missing)) for row in rows]
-    finish(figures, started, inputs=inputs, workers=workers)
+    benchmark(__doc__, parts)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """What every benchmark shares: contenders in processes of their own, turns, figures, the last line.
 
 A benchmark script builds its input, starts a worker process for ours and one for the peer (so that neither runs
-under the other's memory settings or library versions), lets them work in turns, and ends with `finish`, which
+under the other's memory settings or library versions) and lets them work in turns. Its command is `benchmark`, which
 prints one JSON object as the last line.
 """
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -68,7 +70,9 @@ class Part:
 
     figures: list[Figure]
     inputs: dict[str, Any]
+    """What was measured: shape, texts, their lengths."""
     workers: dict[str, dict[str, Any]]
+    """Facts of each worker process, by contender."""
 
 
 def relative_difference(ours: float, peer: float) -> float:
@@ -170,22 +174,30 @@ def start() -> Start:
     return Start(datetime.now(UTC).isoformat(timespec="seconds"), load)
 
 
-def finish(
-    figures: list[Figure], started: Start, *, inputs: Mapping[str, Any], workers: Mapping[str, dict[str, Any]]
-) -> None:
-    """Print the result as the last line: one JSON object.
+def benchmark(docstring: str | None, parts_of: Callable[[Path, bool], list[Part]]) -> None:
+    """What the command of a benchmark script does: its parts, made in an empty folder, and the result of all.
 
     Args:
-        inputs: what was measured: shape, texts, their lengths.
-        workers: facts of each worker process, by contender.
+        parts_of: takes the folder, and whether this is a trial with tiny models and few texts.
     """
+    parser = argparse.ArgumentParser(description=(docstring or "").partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="tiny models and few texts: a trial, no figures")
+    small = parser.parse_args().small
+    started = start()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = parts_of(Path(folder), small)
+    finish(parts, started)
+
+
+def finish(parts: Sequence[Part], started: Start) -> None:
+    """Print the result as the last line: one JSON object."""
     result = {
-        "figures": [asdict(figure) for figure in figures],
+        "figures": [asdict(figure) for part in parts for figure in part.figures],
         "load_average": started.load_average,
         "date": started.date,
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "machine": machine(),
-        "workers": workers,
-        "inputs": inputs,
+        "workers": {name: facts for part in parts for name, facts in part.workers.items()},
+        "inputs": {name: value for part in parts for name, value in part.inputs.items()},
     }
     print(json.dumps(result), flush=True)

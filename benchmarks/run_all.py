@@ -1,14 +1,16 @@
-"""Run every benchmark of this folder, one after the other, and write docs/benchmarks.md from their last lines.
+"""Run the benchmarks of this folder, one after the other, and write docs/benchmarks.md from their last lines.
 
-A benchmark is any other script here with a `main`; it is known by its name, and its docstring opens its section.
+A benchmark is any other script here with a `main`; it is known by its name, and its docstring opens its section. All
+are run, or those that are named: then the page keeps its sections of the others.
 """
 
 import argparse
 import ast
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ HERE = Path(__file__).resolve().parent
 INTRODUCTION = """\
 # Benchmarks
 
-Written by `make bench` (`python benchmarks/run_all.py`); do not edit.
+Written by `make bench`, or for some topics by `python benchmarks/run_all.py NAME ...`; do not edit. Each section has \
+the date of its measurement.
 
 Every figure of ours stands beside its peer's from the same run: both in processes of their own, in turns (ours, \
 peer, ours, peer ...), the median of three turns after a warm-up. The ratio is ours / peer; the bar is for the ratio \
@@ -57,10 +60,16 @@ def run(script: Path, options: list[str]) -> dict[str, Any] | str:
         return "its last line is not a JSON object"
 
 
-def page(results: dict[str, dict[str, Any] | str], small: bool) -> str:
-    """docs/benchmarks.md: a section a topic."""
-    sections = [section(name, result) for name, result in results.items()]
-    return "\n".join([INTRODUCTION, *([TRIAL] if small else []), *sections])
+def page(sections: Mapping[str, str], small: bool) -> str:
+    """docs/benchmarks.md: a section a topic, in the order of `topics`."""
+    ordered = [sections[name] for name in sorted(sections)]
+    return "\n".join([INTRODUCTION, *([TRIAL] if small else []), *ordered])
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """The sections of a page that was written before, by topic."""
+    _, *parts = re.split(r"^## (\w+)$", text, flags=re.MULTILINE)
+    return {name: f"## {name}{rest.rstrip()}\n" for name, rest in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def section(name: str, result: dict[str, Any] | str) -> str:
@@ -120,17 +129,23 @@ def facts(values: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    names = [script.stem for script in topics()]
+    parser.add_argument("topics", nargs="*", metavar="NAME", help=f"benchmarks to run: {', '.join(names)}")
     parser.add_argument("--small", action="store_true", help="tiny models and few texts: a trial, no figures")
     parser.add_argument(
         "--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="Markdown to write"
     )
     parser.add_argument("--json", type=Path, help="write all results to this file as well")
     arguments = parser.parse_args()
+    if unknown := set(arguments.topics) - set(names):
+        parser.error(f"there is no benchmark {min(unknown)!r}; take some of {', '.join(names)}")
     results = {}
-    for script in topics():
-        print(f"== {script.stem}", flush=True)
-        results[script.stem] = run(script, ["--small"] if arguments.small else [])
-    write_text(arguments.page, page(results, arguments.small))
+    for name in arguments.topics or names:
+        print(f"== {name}", flush=True)
+        results[name] = run(HERE / f"{name}.py", ["--small"] if arguments.small else [])
+    kept = sections_of(arguments.page.read_text()) if arguments.topics and arguments.page.exists() else {}
+    measured = {name: section(name, result) for name, result in results.items()}
+    write_text(arguments.page, page(kept | measured, arguments.small))
     if arguments.json:
         write_json(arguments.json, results)
     failed = {name: result for name, result in results.items() if isinstance(result, str)}

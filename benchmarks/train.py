@@ -12,42 +12,30 @@ it cannot do without: masked scores are not, for example), and a batch of 8,192 
 512, all in micro-batches of 512 tokens. Where there is a GPU, the 0.6B shape in bf16 as well.
 """
 
-import argparse
-import tempfile
 from pathlib import Path
 
-from harness import finish, start
+from harness import Part, benchmark
 from inputs import FULL, SMALL
 from train_gpu import step_on_gpu
 from train_pairs import PAIRS, large_batch
 from train_step import step_on_cpu
 
 
+def parts(folder: Path, small: bool) -> list[Part]:
+    return [
+        step_on_cpu(folder / "step", SMALL if small else FULL, queries=3 if small else 6),
+        large_batch(
+            folder / "pairs",
+            SMALL if small else PAIRS,
+            pairs=64 if small else 8192,
+            tokens_per_microbatch=32 if small else 512,
+        ),
+        step_on_gpu(folder / "gpu"),
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--small", action="store_true", help="a tiny model and few texts: a trial, no figures"
-    )
-    small = parser.parse_args().small
-    started = start()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        parts = [
-            step_on_cpu(folder / "step", SMALL if small else FULL, queries=3 if small else 6),
-            large_batch(
-                folder / "pairs",
-                SMALL if small else PAIRS,
-                pairs=64 if small else 8192,
-                tokens_per_microbatch=32 if small else 512,
-            ),
-            step_on_gpu(folder / "gpu"),
-        ]
-    finish(
-        [figure for part in parts for figure in part.figures],
-        started,
-        inputs={name: value for part in parts for name, value in part.inputs.items()},
-        workers={name: facts for part in parts for name, facts in part.workers.items()},
-    )
+    benchmark(__doc__, parts)
 
 
 if __name__ == "__main__":

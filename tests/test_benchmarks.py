@@ -308,7 +308,7 @@ def test_every_topic_is_run() -> None:
 
 
 def test_page() -> None:
-    from run_all import page
+    from run_all import page, section, sections_of
 
     rows: list[list[Any]] = [
         ["tokens/s", 1813.2, 362.0, 5.0088, 6, "higher", False, "measured"],
@@ -325,7 +325,10 @@ def test_page() -> None:
         "workers": {"ours": {"threads": 2, "versions": {"torch": "2.13.0"}}},
         "inputs": {"texts": 128},
     }
-    text = page({"encode": result, "train": "failed with exit code 1"}, small=False)
+    sections = {"encode": section("encode", result), "train": section("train", "failed with exit code 1")}
+    text = page(sections, small=False)
+    assert sections_of(text) == sections
+    assert page(sections_of(text), small=False) == text
     assert "| tokens/s | 1,813 | 362 | 5.01 | at least 6 | no |" in text
     assert "| cosine | 0.9999999 |  |  | at least 0.99999 | yes |" in text
     assert "| memory |  |  |  | at most 0.5 | skipped: no peer |" in text
