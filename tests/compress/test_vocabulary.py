@@ -13,7 +13,8 @@ from f2llm.compress.vocabulary import coverage, tokens_to_keep, trim, trim_token
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import UsageError
 from f2llm.model.folder import Model, load_model, save_model
-from f2llm.model.tokenizer import append_eos, load_tokenizer
+from f2llm.model.tokenizer import append_eos
+from f2llm.tokenizer_file import load_tokenizer
 
 MakeModel = Callable[..., Model]
 BYTES = 256

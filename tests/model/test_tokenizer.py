@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, processors
 
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.prompts import query_prefix
-from f2llm.model.tokenizer import EOS, PAD, append_eos, encode, load_tokenizer, tokenizer_stage, train_bpe
+from f2llm.model.tokenizer import EOS, PAD, append_eos, encode, tokenizer_stage, train_bpe
 from f2llm.recipe import TokenizerStage
+from f2llm.tokenizer_file import load_tokenizer
 
 TEXTS = [
     "lion",

@@ -26,9 +26,10 @@ from f2llm.model.folder import (
     weight_files,
 )
 from f2llm.model.prompts import TEMPLATE
-from f2llm.model.tokenizer import append_eos, load_tokenizer
+from f2llm.model.tokenizer import append_eos
 from f2llm.progress import say
-from f2llm.recipe import HUB_NAME
+from f2llm.recipe_fields import HUB_NAME
+from f2llm.tokenizer_file import load_tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 HUB_FILES = [  # no pickles, no code, no copies in other formats

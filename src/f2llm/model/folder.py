@@ -9,13 +9,12 @@ and its recipe. Weights are read from safetensors only; pickles and code in a fo
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -24,13 +23,13 @@ from f2llm.errors import F2Error
 from f2llm.files import atomic_write, read_object, sha256_file, write_json, write_text
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json
 from f2llm.model.prompts import TEMPLATE, query_prefix
+from f2llm.model.tensor_files import open_tensors
 from f2llm.model.tokenizer import load_tokenizer
 
 SCHEMA_VERSION = 1
 FACTS = "f2llm.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # of a larger model, which is written in several files
-HEAD = "lm_head.weight"  # a language model's output head, which no vector depends on
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class ModelFacts:
     recipe: str | None = None  # hash of the recipe that made it
     kept: dict[str, Any] | None = (
         None  # where it was cut: identity of the uncut model, hidden units kept of it
+    )
+    merged: dict[str, Any] | None = (
+        None  # where it was merged: the method, and identities and weights of models
     )
     identity: str = ""  # filled in by save_model
     schema_version: int = SCHEMA_VERSION
@@ -74,20 +76,26 @@ def identity_hash(weights: Iterable[Path], config: DecoderConfig, tokenizer: byt
 
 def save_model(folder: Path, model: Model) -> ModelFacts:
     """Write a complete model folder; f2llm.json comes last. Returns the facts with the identity filled in."""
-    facts, config = model.facts, model.decoder.config
-    tokenizer = model.tokenizer.to_str(pretty=False)
-    write_text(folder / "tokenizer.json", tokenizer)
     with atomic_write(folder / WEIGHTS) as file:
         tensors = {name: t.detach().contiguous() for name, t in model.decoder.state_dict().items()}
         file.write(save(tensors, metadata={"format": "pt"}))
+    return complete_folder(folder, model.decoder.config, model.tokenizer, model.facts)
+
+
+def complete_folder(
+    folder: Path, config: DecoderConfig, tokenizer: Tokenizer, facts: ModelFacts
+) -> ModelFacts:
+    """Write all of a model folder but its weights, which are there; returns the facts with the identity."""
+    description = tokenizer.to_str(pretty=False)
+    write_text(folder / "tokenizer.json", description)
     matryoshka = {"is_matryoshka": True, "matryoshka_dimensions": facts.matryoshka_sizes}
     write_json(folder / "config.json", {**config_to_json(config), **matryoshka})
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(model))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, facts))
     for name, content in _sentence_transformers_files(config, facts).items():
         write_json(folder / name, content)
     (folder / "2_Normalize").mkdir(exist_ok=True)
-    identity = identity_hash([folder / WEIGHTS], config, tokenizer.encode(), facts.template)
-    facts = ModelFacts(**{**asdict(facts), "identity": identity})
+    identity = identity_hash([folder / WEIGHTS], config, description.encode(), facts.template)
+    facts = replace(facts, identity=identity)
     write_json(folder / FACTS, asdict(facts))
     return facts
 
@@ -103,13 +111,13 @@ def pad_id(tokenizer: Tokenizer, eos_id: int) -> int:
     return next((number for number in special if number != eos_id), eos_id)
 
 
-def _tokenizer_config(model: Model) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Tokenizer, facts: ModelFacts) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.facts.max_length,
+        "model_max_length": facts.max_length,
         "padding_side": "left",
-        "eos_token": model.tokenizer.id_to_token(model.facts.eos_id),
-        "pad_token": model.tokenizer.id_to_token(pad_id(model.tokenizer, model.facts.eos_id)),
+        "eos_token": tokenizer.id_to_token(facts.eos_id),
+        "pad_token": tokenizer.id_to_token(pad_id(tokenizer, facts.eos_id)),
         "add_eos_token": True,
         "clean_up_tokenization_spaces": False,
     }
@@ -145,6 +153,15 @@ def load_model(folder: Path) -> Model:
 
     Raises F2Error if the folder is not a model, was changed after it was written, or needs another decoder.
     """
+    facts = read_facts(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    decoder = load_decoder(folder)
+    check_identity(folder, facts, decoder.config)
+    return Model(decoder, tokenizer, facts)
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """What f2llm.json says."""
     if not (folder / FACTS).is_file():
         raise F2Error(f"{folder} is not a model folder: it has no {FACTS}; point to a folder made by f2llm.")
     values = read_object(folder / FACTS)
@@ -154,18 +171,19 @@ def load_model(folder: Path) -> Model:
             "install the f2llm version that wrote it."
         )
     try:
-        facts = ModelFacts(**values)
+        return ModelFacts(**values)
     except TypeError as error:
         raise F2Error(f"{folder}/{FACTS} is incomplete ({error}); make the folder again.") from None
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    decoder = load_decoder(folder)
+
+
+def check_identity(folder: Path, facts: ModelFacts, config: DecoderConfig) -> None:
+    """Raise F2Error if the folder's files do not give the identity in its f2llm.json."""
     content = (folder / "tokenizer.json").read_bytes()
-    if identity_hash(weight_files(folder), decoder.config, content, facts.template) != facts.identity:
+    if identity_hash(weight_files(folder), config, content, facts.template) != facts.identity:
         raise F2Error(
             f"{folder} was changed after it was written: weights, settings, tokenizer and template do not give the "
             "identity in f2llm.json; copy or make the folder again."
         )
-    return Model(decoder, tokenizer, facts)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -185,20 +203,18 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names.values()))]
 
 
+def read_config(folder: Path) -> DecoderConfig:
+    return config_from_json(read_object(folder / "config.json"), f"{folder}/config.json")
+
+
 def load_decoder(folder: Path) -> Decoder:
     """The decoder of any Qwen3 folder with safetensors, in float32 and evaluation mode.
 
     A language model's output head is left out.
     """
-    config = config_from_json(read_object(folder / "config.json"), f"{folder}/config.json")
-    state: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            tensors = load_file(path)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise F2Error(f"{path} cannot be read ({error}); copy or make the folder again.") from None
-        # File by file, so that no more than one is in memory in its own precision as well.
-        state |= {name.removeprefix("model."): t.float() for name, t in tensors.items() if name != HEAD}
+    config = read_config(folder)
+    with open_tensors(weight_files(folder)) as tensors:
+        state = {name: tensors.read(name) for name in tensors.shapes}
     with torch.device("meta"):
         decoder = Decoder(config)
     _check_shapes(decoder.state_dict(), state, folder / WEIGHTS)

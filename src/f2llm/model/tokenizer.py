@@ -18,6 +18,7 @@ from f2llm.files import write_text
 from f2llm.model.prompts import query_prefix
 from f2llm.recipe import TokenizerStage
 from f2llm.text import clean
+from f2llm.tokenizer_file import load_tokenizer as load_tokenizer
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 # A word takes the space before it. Combining marks belong to their letters: cutting there would break the vowels
@@ -65,23 +66,6 @@ def append_eos(tokenizer: Tokenizer, eos: str) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {eos}", pair=f"$A $B {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
     )
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`, without any padding or truncation it may ask for."""
-    if not path.is_file():
-        raise F2Error(
-            f"{path} is missing; a model folder needs a tokenizer.json, so point to a complete one."
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise F2Error(
-            f"{path} is not a tokenizer file ({error}); restore it from the model's source."
-        ) from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def encode(
