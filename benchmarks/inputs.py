@@ -19,8 +19,9 @@ from f2llm.family import FAMILY
 from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, model_size, save_model
 from f2llm.model.prompts import query_prefix
-from f2llm.model.tokenizer import append_eos, encode, load_tokenizer, train_bpe
+from f2llm.model.tokenizer import append_eos, encode, train_bpe
 from f2llm.rng import generator
+from f2llm.tokenizer_file import load_tokenizer
 from f2llm.train.objective import matryoshka_sizes
 from harness import SHARED
 

@@ -35,8 +35,9 @@ from f2llm.data.token_store_format import (
     part_file,
 )
 from f2llm.files import sha256_file, write_json
-from f2llm.model.tokenizer import append_eos, load_tokenizer, train_bpe
+from f2llm.model.tokenizer import append_eos, train_bpe
 from f2llm.rng import generator
+from f2llm.tokenizer_file import load_tokenizer
 from harness import (
     ROOT,
     SHARED,

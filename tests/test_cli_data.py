@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,13 @@ def test_without_a_terminal_the_question_is_not_asked(fetched: Path) -> None:
     assert isinstance(wrong, UsageError)
     assert "give --yes to take what is proposed" in str(wrong)
     assert not (fetched / "squad").exists()  # nothing was fetched in vain
+
+
+def test_an_unknown_name_is_told_before_anything_else(fetched: Path) -> None:
+    wrong = data("fetch", "sqad", "--out", fetched).exception
+    assert isinstance(wrong, UsageError)
+    assert re.search(r"no source 'sqad', the nearest is 'squad', then '\w+'.*`f2llm data list`", str(wrong))
+    assert "--yes" not in str(wrong)
 
 
 def test_yes_takes_what_is_proposed(fetched: Path) -> None:

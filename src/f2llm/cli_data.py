@@ -78,11 +78,11 @@ def fetch(
     from f2llm.data.fetch import fetch, settle
     from f2llm.data.records import read_record
 
+    records = [read_record(Path(name)) if name.endswith((".yaml", ".yml")) else get(name) for name in names]
     if not yes and not on_terminal():
         raise UsageError(
             "which column holds what is asked on a terminal, and there is none; give --yes to take what is proposed."
         )
-    records = [read_record(Path(name)) if name.endswith((".yaml", ".yml")) else get(name) for name in names]
     unread = []
     for record in records:
         fetched = fetch(record, out, config=config, split=split, limit=limit)

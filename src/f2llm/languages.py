@@ -1,7 +1,9 @@
 """Names of languages: ISO 639-3 with an optional ISO 15924 script (`deu`, `zho_Hant`), and the one map to them.
 
 The facts are in languages.tsv beside this file: a language's ISO 639-3 code, the other codes it goes by (ISO 639-1,
-bibliographic, retired), the script it is usually written in, and its English name. They come from Unicode CLDR;
+bibliographic, retired), the script it is usually written in, its English name, and who says so. That is Unicode CLDR
+where it names the language. The other languages are those of open corpora, named as in ISO 639-3 (two groups of
+languages, which corpora take for one, as in ISO 639-5), with CLDR's likely script, else that of their texts.
 tests/test_languages.py makes the file again and compares.
 """
 
@@ -46,7 +48,7 @@ def table() -> dict[str, Language]:
     text = resources.files("f2llm").joinpath("languages.tsv").read_text(encoding="utf-8")
     rows: dict[str, Language] = {}
     for line in text.splitlines()[1:]:
-        code, others, script, name = line.split("\t")
+        code, others, script, name, _ = line.split("\t")
         language = Language(code, tuple(others.split()), script, name)
         rows |= dict.fromkeys((code, *language.others), language)
     return rows

@@ -22,8 +22,7 @@ from f2llm.recipe_corpus import (
     SyntheticStage,
     TokeniseStage,
 )
-from f2llm.recipe_data import FilesStage as FilesStage
-from f2llm.recipe_data import NamesStage as NamesStage
+from f2llm.recipe_data import FilesStage, NamesStage
 from f2llm.recipe_errors import explain, nearest, problem
 from f2llm.recipe_fields import (
     DATA,
@@ -38,7 +37,6 @@ from f2llm.recipe_fields import (
     Strict,
     Takes,
 )
-from f2llm.recipe_fields import HUB_NAME as HUB_NAME
 from f2llm.recipe_fields import Format as Format
 from f2llm.recipe_fields import Input as Input
 from f2llm.yaml_lines import Location, read_yaml

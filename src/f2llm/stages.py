@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from f2llm.recipe import (
     EvaluateStage,
-    FilesStage,
     IndexStage,
-    NamesStage,
     PruneStage,
     TokenizerStage,
     TrainStage,
@@ -25,6 +23,7 @@ from f2llm.recipe_corpus import (
     SyntheticStage,
     TokeniseStage,
 )
+from f2llm.recipe_data import FilesStage, NamesStage
 
 if TYPE_CHECKING:
     from f2llm.train.ranks import Ranks

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from f2llm.recipe import EvaluateStage, IndexStage, Recipe
+from f2llm.recipe import IndexStage, Recipe
 
 PLAIN_WIDTH = 110  # columns where standard output is not a terminal
 SMALL_SIZES = ("64", "16")
@@ -18,12 +18,16 @@ NEAREST, SHOWN = 60, 8  # texts looked at for each example search, and names sho
 def summarise(recipe: Recipe, run: Path) -> None:
     """Write the report of a finished run, and print what is in it that one wants to know first."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    if any(isinstance(config, EvaluateStage) for config in recipe.stages.values()):
+    from f2llm.data.corpus_report import CORPUS
+
+    kinds = {config.stage for config in recipe.stages.values()}
+    if kinds & {"evaluate", *CORPUS}:
         from f2llm.evaluate.report import write_report
 
         report = write_report(run)
-        console.print(f"{report['names']:,} names in {report['languages']} languages")
-        console.print(scores_table(report, plain=not console.is_terminal))
+        if "evaluate" in kinds:
+            console.print(f"{report['names']:,} names in {report['languages']} languages")
+            console.print(scores_table(report, plain=not console.is_terminal))
         console.print(f"Report: {run / 'report.html'}", markup=False, soft_wrap=True)
     for name, config in recipe.stages.items():
         if isinstance(config, IndexStage):

@@ -1,10 +1,11 @@
 """Test texts in training data: what is planted is found in every script, as plain searches find it, no more goes."""
 
+import hashlib
 import json
-import sys
+import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,18 +14,31 @@ import pytest
 from tests.data import naive_texts as naive
 from tests.data.naive_texts import SENTENCES
 
+from f2llm.compress.prune import prune_stage
 from f2llm.data import contamination, decontaminate
+from f2llm.data.cleaning import clean_rows
 from f2llm.data.contamination import METHODS, build_shards, judge, make_shard, open_shards
-from f2llm.data.decontaminate import REPORT, decontaminate_stage
+from f2llm.data.decontaminate import SAMPLES_FILE, decontaminate_stage
 from f2llm.data.folded import fold
 from f2llm.data.held_out import Batch, held_out_texts
-from f2llm.data.parts import REJECTS, parts, read_part, write_part, write_sources
+from f2llm.data.parts import (
+    DECONTAMINATION,
+    REJECTS,
+    carry_decontamination,
+    parts,
+    read_part,
+    sift,
+    write_part,
+    write_sources,
+)
 from f2llm.data.rows import ROWS_FILE, Source, row_hash, rows_table
 from f2llm.engine import Engine, using
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import read_json, sha256_folder
-from f2llm.recipe_corpus import Contamination, DecontaminateStage, Limits
+from f2llm.recipe import PruneStage, TrainStage
+from f2llm.recipe_corpus import CleanStage, Contamination, DecontaminateStage, Limits
 from f2llm.rng import generator
+from f2llm.train.stage import train_stage
 
 FACTS: dict[str, Any] = {"task": "t", "symmetric": False, "instruction": "i", "licence": "CC0-1.0"}
 PAIRS = Source(name="pairs", format="retrieval", **FACTS)
@@ -124,11 +138,9 @@ def test_single_words_remove_nothing_at_all(tmp_path: Path) -> None:
     ]
     kept, _ = run(tmp_path, rows, ["yes", "OK", "no"])
     assert kept.num_rows == len(rows)
-    assert read_json(tmp_path / "out" / REPORT)["test_sets"]["held.jsonl"] == {
-        "texts": 3,
-        "too_short": 3,
-        "too_short_to_be_contained": 3,
-    }
+    (report,) = read_json(tmp_path / "out" / DECONTAMINATION)
+    counts = {"texts": 3, "too_short": 3, "too_short_to_be_contained": 3}
+    assert report["test_sets"]["held.jsonl"].items() >= counts.items()
 
 
 def random_texts(name: str, count: int) -> Texts:
@@ -199,11 +211,96 @@ def test_rows_go_and_negatives_are_taken_off(tmp_path: Path) -> None:
     assert kept["hash"].to_pylist() == [row_hash(*row, None, "pairs") for row in expected]
     assert rejected["query"].to_pylist() == [rows[n][0] for n in (0, 1, 5)]
     assert set(rejected["reason"].to_pylist()) == {"exact: held.jsonl"}
-    report = read_json(tmp_path / "out" / REPORT)
+    (report,) = read_json(tmp_path / "out" / DECONTAMINATION)
     assert report["rows"] == {"pairs": {"read": 6, "kept": 3, "contaminated": {"held.jsonl": {"exact": 3}}}}
-    assert report["negatives_removed"] == {"exact: held.jsonl": 2}
-    assert [(s["training_text"], s["test_text"]) for s in report["samples"]] == [(held, naive.fold(held))] * 3
+    assert report["negatives_removed"] == {"pairs": {"held.jsonl": {"exact": 2}}}
+    samples = read_json(tmp_path / "out" / SAMPLES_FILE)
+    assert [(s["training_text"], s["test_text"]) for s in samples] == [(held, naive.fold(held))] * 3
     assert not (tmp_path / "out" / decontaminate.SHARDS).exists()
+
+
+def test_the_report_shows_no_test_text_and_names_their_content(tmp_path: Path) -> None:
+    texts = list(SENTENCES.values())
+    rows: list[tuple[str, Texts, Texts]] = [(text, ["an answer"], []) for text in texts[:3]]
+    contents = {}
+    for name, held in (("one", texts), ("other", texts[::-1]), ("less", texts[1:])):
+        run(tmp_path / name, rows, held)
+        path = tmp_path / name / "out" / DECONTAMINATION
+        assert not any(text in path.read_text() or naive.fold(text) in path.read_text() for text in texts)
+        contents[name] = read_json(path)[0]["test_sets"]["held.jsonl"]["content"]
+    assert contents["one"] == contents["other"] != contents["less"]
+    total = sum(int(hashlib.sha256(text.encode()).hexdigest(), 16) for text in texts)
+    assert contents["one"] == hex(total % 2**256)[2:].zfill(64)
+
+
+def test_reports_go_where_the_rows_go(tmp_path: Path) -> None:
+    """To later stages from rows to rows, each report once, in order; where there was none, there is none."""
+    first, second = SENTENCES["eng"], SENTENCES["rus"]
+    config = DecontaminateStage(
+        stage="decontaminate", data=["x"], against=[held_out_folder(tmp_path / "b", [second])]
+    )
+    run(tmp_path / "a", [(first, ["x"], []), ("a question", ["y"], []), (second, ["z"], [])], [first])
+    once = tmp_path / "a" / "out"
+    decontaminate_stage(config, [once, tmp_path / "a" / "rows"], tmp_path / "twice")
+    reports = read_json(tmp_path / "twice" / DECONTAMINATION)
+    assert reports[:1] == read_json(once / DECONTAMINATION)
+    assert [report["rows"]["pairs"]["read"] for report in reports] == [3, 2 + 3]
+
+    clean = partial(clean_rows, CleanStage(stage="clean", data=["x"]))
+    with using(Engine(workers=1)):
+        sift([once, tmp_path / "twice", once], tmp_path / "cleaned", clean, "clean")
+        sift([tmp_path / "a" / "rows"], tmp_path / "other", clean, "clean")
+    assert read_json(tmp_path / "cleaned" / DECONTAMINATION) == reports
+    assert not (tmp_path / "other" / DECONTAMINATION).exists()
+    (once / DECONTAMINATION).write_text("{}")
+    with pytest.raises(F2Error, match=r"decontamination\.json holds a dict, expected a list"):
+        carry_decontamination([once], tmp_path / "cleaned")
+
+
+def test_models_tell_what_they_and_their_bases_were_kept_from(
+    rows_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    def trained(name: str, base: Path, data: Path) -> Path:
+        config = TrainStage(
+            stage="train",
+            data="rows",
+            base="./base",
+            instructions=False,
+            formats=["retrieval"],
+            steps=1,
+            batch_size=2,
+            learning_rate=1e-3,
+        )
+        train_stage(
+            config,
+            data=data,
+            base=base,
+            tokenizer=None,
+            teacher=None,
+            out=tmp_path / name,
+            seed=1,
+            recipe_hash="",
+        )
+        return tmp_path / name
+
+    datasets = {}
+    for name in ("one", "two"):
+        datasets[name] = shutil.copytree(rows_folder, tmp_path / f"rows-{name}")
+        carry_decontamination([], datasets[name], {"test_sets": {name: {}}})
+    none = trained("none", model_folder, rows_folder)
+    one = trained("trained-one", none, datasets["one"])
+    two = trained("trained-two", one, datasets["two"])
+    cut = PruneStage(stage="prune", model="m", data="rows", hidden_size=16, intermediate_size=16, layers=1)
+    prune_stage(cut, model=two, data=rows_folder, out=tmp_path / "cut", seed=1, recipe_hash="")
+    assert not (none / DECONTAMINATION).exists()
+    told = {
+        folder.name: [
+            *(name for report in read_json(folder / DECONTAMINATION) for name in report["test_sets"])
+        ]
+        for folder in (one, two, tmp_path / "cut")
+    }
+    assert told["trained-one"] == ["one"]
+    assert sorted(told["trained-two"]) == sorted(told["cut"]) == ["one", "two"]
 
 
 def test_the_surest_method_gives_the_reason(tmp_path: Path) -> None:
@@ -286,38 +383,6 @@ def test_test_texts_are_all_strings_of_all_files(tmp_path: Path) -> None:
     (tmp_path / "y.jsonl").write_text('{"q": \n')
     with pytest.raises(UsageError, match="line 1"):
         list(held_out_texts([str(tmp_path)]))
-
-
-class Task:
-    """As tasks of MTEB are: metadata, and data by language, split, and row, once loaded."""
-
-    metadata = SimpleNamespace(eval_splits=["test"])
-    dataset: Any = None
-
-    def load_data(self) -> None:
-        rows = [{"sentence1": "one", "sentence2": "two", "score": 2.0}]
-        self.dataset = {
-            "de": {"test": rows, "train": [{"sentence1": "seen"}]},
-            "default": {"corpus": {"test": {"d1": "three"}}},
-        }
-
-
-class Offline(Task):
-    def load_data(self) -> None:
-        raise ConnectionError("no network")
-
-
-def test_tasks_of_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"Some": Task, "Far": Offline}
-    monkeypatch.setitem(sys.modules, "mteb", SimpleNamespace(get_task=lambda name: known[name]()))
-    assert list(held_out_texts([], ["Some"])) == [Batch("Some", ["one", "two", "three"])]
-    with pytest.raises(F2Error, match=r"Far could not be loaded \(no network\)"):
-        list(held_out_texts([], ["Far"]))
-    with pytest.raises(UsageError, match="MTEB has no task 'None'"):
-        list(held_out_texts([], ["None"]))
-    monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(UsageError, match="needs the package mteb"):
-        list(held_out_texts([], ["Some"]))
 
 
 def test_something_to_look_for_is_needed() -> None:

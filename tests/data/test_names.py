@@ -14,7 +14,7 @@ from f2llm.data.names import Name
 from f2llm.data.rows import read_rows
 from f2llm.errors import UsageError
 from f2llm.files import sha256_folder
-from f2llm.recipe import NamesStage
+from f2llm.recipe_data import NamesStage
 from f2llm.text import clean
 
 

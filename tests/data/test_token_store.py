@@ -19,7 +19,8 @@ from f2llm.data.token_store_build import build
 from f2llm.data.token_store_format import layout
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.prompts import query_prefix
-from f2llm.model.tokenizer import append_eos, encode, load_tokenizer
+from f2llm.model.tokenizer import append_eos, encode
+from f2llm.tokenizer_file import load_tokenizer
 
 PREFIX = query_prefix("Find this name in another language")
 FILE = "part-00000.bin"

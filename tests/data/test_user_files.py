@@ -12,7 +12,7 @@ import pytest
 from f2llm.data.rows import Source, read_rows
 from f2llm.data.user_files import files_stage, import_files
 from f2llm.errors import UsageError
-from f2llm.recipe import FilesStage
+from f2llm.recipe_data import FilesStage
 
 FACTS: dict[str, Any] = {"task": "t", "symmetric": False, "instruction": "i", "licence": "CC0-1.0"}
 PAIRS = Source(name="pairs", format="retrieval", **FACTS)

@@ -29,7 +29,7 @@ from f2llm.model.folder import (
     weight_files,
 )
 from f2llm.model.tensor_files import TensorFiles, open_tensors, write_tensors
-from f2llm.model.tokenizer import load_tokenizer
+from f2llm.tokenizer_file import load_tokenizer
 
 Method = Literal["average", "spherical", "task"]
 PARALLEL = 1e-4  # the sine of an angle so small that a spherical mean, which divides by it, is an average

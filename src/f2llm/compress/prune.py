@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
+from f2llm.data.parts import carry_decontamination
 from f2llm.data.rows import read_rows
 from f2llm.errors import UsageError
 from f2llm.model.base import load_base
@@ -55,6 +56,7 @@ def prune_stage(
         recipe=recipe_hash,
         kept=_kept_of_the_uncut(parent, kept_E),
     )
+    carry_decontamination([model], out)
     facts = save_model(out, Model(decoder, parent.tokenizer, facts))
     return {"parameters": model_size(decoder), "identity": facts.identity}
 

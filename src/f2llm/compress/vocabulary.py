@@ -12,8 +12,9 @@ Shape suffixes: V entries of the old vocabulary, K kept ones, E hidden width.
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,12 @@ class Coverage:
     unchanged: int  # texts whose tokens were all kept: their vectors stay as they are
     tokens: int
     tokens_trimmed: int  # of the same texts with the smaller tokenizer
+
+    def __add__(self, other: "Coverage") -> "Coverage":
+        return Coverage(*map(add, astuple(self), astuple(other)))
+
+
+NOTHING = Coverage(0, 0, 0, 0)
 
 
 def usage(tokenizer: Tokenizer, texts: Iterable[str]) -> Numbers:
@@ -118,14 +125,14 @@ def coverage(tokenizer: Tokenizer, trimmed: Tokenizer, kept_K: Numbers, texts: I
     """How many texts keep their tokens, and how many tokens all have, before and after."""
     is_kept_V = np.zeros(_entries(tokenizer), bool)
     is_kept_V[kept_K[kept_K < len(is_kept_V)]] = True
-    total = Coverage(0, 0, 0, 0)
+    total = NOTHING
     for some in _batches(texts):
         before, after = (t.encode_batch_fast(some, add_special_tokens=False) for t in (tokenizer, trimmed))
-        total = Coverage(
-            total.texts + len(some),
-            total.unchanged + sum(bool(is_kept_V[e.ids].all()) for e in before),
-            total.tokens + sum(len(e.ids) for e in before),
-            total.tokens_trimmed + sum(len(e.ids) for e in after),
+        total += Coverage(
+            len(some),
+            sum(bool(is_kept_V[e.ids].all()) for e in before),
+            sum(len(e.ids) for e in before),
+            sum(len(e.ids) for e in after),
         )
     return total
 

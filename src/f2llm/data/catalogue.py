@@ -46,7 +46,7 @@ def load(folder: Path = FOLDER) -> dict[str, SourceRecord]:
 
 
 def get(name: str) -> SourceRecord:
-    """The record of a name; UsageError with the nearest name if there is none."""
+    """The record of a name; UsageError with the nearest names if there is none."""
     _check(name, load(), "source")
     return load()[name]
 
@@ -97,8 +97,11 @@ def _speaks(record: SourceRecord, tag: str) -> bool:
 
 
 def _check(wanted: str, known: Iterable[str], what: str) -> None:
-    if wanted not in (names := list(known)):
-        near = get_close_matches(wanted.lower(), names, n=1, cutoff=0)[0]
+    if wanted not in (names := list(dict.fromkeys(known))):
+        near = get_close_matches(wanted.lower(), names) or get_close_matches(
+            wanted.lower(), names, n=1, cutoff=0
+        )
         raise UsageError(
-            f"the catalogue has no {what} {wanted!r}, the nearest is {near!r}; `f2llm data list` shows all."
+            f"the catalogue has no {what} {wanted!r}, the nearest is {', then '.join(map(repr, near))}; "
+            "`f2llm data list` shows all."
         )

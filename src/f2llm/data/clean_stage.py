@@ -31,6 +31,7 @@ from f2llm.data.parts import (
     REJECT_SCHEMA,
     REJECTS,
     Tally,
+    carry_decontamination,
     parts,
     read_part,
     sift,
@@ -75,10 +76,12 @@ def clean_stage(config: CleanStage, folders: Sequence[Path], out: Path, seed: in
         for _ in divided:
             pass
         tally = _with_fates(tally, numbered, fates_R, reasons)
-        write_json(out / "tally.json", tally)
+        changed = read_json(cleaned / "tally.json")["changed"]
+        write_json(out / "tally.json", {"rows": tally, "changed": changed})
         sources = {source.name: source for folder in folders for source in read_sources(folder)}
         write_sources(out, sources.values(), tally)
-        write_json(out / REPORT, _report(tally, read_json(cleaned / "tally.json")["changed"]))
+        carry_decontamination(folders, out)
+        write_json(out / REPORT, _report(tally, changed))
     shutil.rmtree(work, ignore_errors=True)
     report = read_json(out / REPORT)
     if not report["kept"]:

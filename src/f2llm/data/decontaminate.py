@@ -1,12 +1,14 @@
 """Test texts out of training data: rows that hold one go, negatives that are one are taken off their lists.
 
 test sets -> tables (`f2llm.data.contamination`) -> rows part by part: a row is dropped where its query or one of its
-positives hits -> a folder of rows, what was rejected and why, and a report with sample pairs to judge the judge by.
+positives hits -> a folder of rows, what was rejected and why, a report that goes where the rows go, and sample pairs to
+judge the judge by, which stay, since they show test texts.
 """
 
+import hashlib
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +21,17 @@ import pyarrow.parquet as pq
 
 from f2llm.data.contamination import METHODS, Shard, build_shards, judge, open_shards
 from f2llm.data.folded import fold, starts_of
-from f2llm.data.held_out import held_out_texts
-from f2llm.data.parts import KEPT, REJECT_SCHEMA, REJECTS, Sifted, Tally, sift
+from f2llm.data.held_out import Batch, held_out_texts
+from f2llm.data.parts import KEPT, REJECT_SCHEMA, REJECTS, Sifted, Tally, carry_decontamination, sift
 from f2llm.data.rows import SCHEMA, row_hash
 from f2llm.files import read_json, write_json
 from f2llm.recipe_corpus import DecontaminateStage, Limits
 
-REPORT = "decontamination.json"
+SAMPLES_FILE = "samples.json"
 SHARDS = "held_out"  # folder of tables, gone when the stage is done
 SLICE = 1 << 12  # rows judged at a time
 SAMPLES = 3  # pairs shown of each source, test set and method
-SHOWN = 400  # characters of a text in the report
+SHOWN = 400  # characters of a text in a sample
 
 
 class Judge(NamedTuple):
@@ -76,11 +78,18 @@ def _shards(folder: str) -> list[Shard]:
 
 
 def decontaminate_stage(config: DecontaminateStage, folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Sift the rows of `folders` into `out`, and write REPORT there; returns what a summary shows of it."""
+    """Sift the rows of `folders` into `out`, and write DECONTAMINATION and SAMPLES_FILE there.
+
+    Returns rows kept, and how many were contaminated.
+    """
     built = out / SHARDS / "built.json"
     if not built.exists():
-        texts = held_out_texts(config.against, config.mteb_tasks)
-        write_json(built, build_shards(texts, out / SHARDS, config.limits))
+        sums: Counter[str] = Counter()
+        texts = _summed(held_out_texts(config.against, config.mteb_tasks), sums)
+        counts = build_shards(texts, out / SHARDS, config.limits)
+        write_json(
+            built, {name: {**count, "content": _hexadecimal(sums[name])} for name, count in counts.items()}
+        )
     judged_by = Judge(str(out / SHARDS), config.limits, tuple(config.methods))
     tally = sift(folders, out, partial(decontaminate, judged_by), what="look for test texts")
     rows = _by_source(tally)
@@ -89,15 +98,28 @@ def decontaminate_stage(config: DecontaminateStage, folders: Sequence[Path], out
         "limits": config.limits.model_dump(),
         "test_sets": read_json(built),
         "rows": rows,
-        "negatives_removed": read_json(out / "tally.json")["changed"],
-        "samples": _samples(out, judged_by),
+        "negatives_removed": _negatives_removed(read_json(out / "tally.json")["changed"]),
     }
-    write_json(out / REPORT, report)
+    carry_decontamination(folders, out, report)
+    write_json(out / SAMPLES_FILE, _samples(out, judged_by))
     shutil.rmtree(out / SHARDS)
     return {
         "rows": sum(source["kept"] for source in rows.values()),
         "contaminated": sum(source["read"] - source["kept"] for source in rows.values()),
     }
+
+
+def _summed(batches: Iterable[Batch], sums: Counter[str]) -> Iterator[Batch]:
+    """The batches; meanwhile the SHA-256 of all texts of each test set are added up, in whatever order they come."""
+    for batch in batches:
+        digests = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in batch.texts)
+        sums[batch.name] += sum(int.from_bytes(digest) for digest in digests)
+        yield batch
+
+
+def _hexadecimal(total: int) -> str:
+    """A sum of SHA-256 modulo 2^256, in 64 digits."""
+    return f"{total % (1 << 256):064x}"
 
 
 def decontaminate(judge: Judge, table: pa.Table) -> Sifted:
@@ -126,7 +148,11 @@ def _sift_rows(judge: Judge, table: pa.Table) -> Sifted:
     rejected = table.append_column(REJECT_SCHEMA.field("reason"), named).filter(pa.array(numbers_R < none))
     row_of = np.repeat(np.arange(len(table)), counts[1])
     goes = (of_negatives < none) & (numbers_R[row_of] == none)
-    changed = Counter(reasons.names[number] for number in of_negatives[goes].tolist())
+    sources, languages = (table[name].to_pylist() for name in ("source", "query_lang"))
+    changed = Counter(
+        "\t".join((sources[row], languages[row], reasons.names[number]))
+        for row, number in zip(row_of[goes].tolist(), of_negatives[goes].tolist(), strict=True)
+    )
     shorter = _without(table, negatives, goes, row_of) if changed else table
     return Sifted(shorter.filter(pa.array(numbers_R == none)), rejected.cast(REJECT_SCHEMA), changed)
 
@@ -161,6 +187,16 @@ def _by_source(tally: Tally) -> dict[str, dict[str, Any]]:
             method, _, name = reason.partition(": ")
             by_set[name][method] = counts[reason]
         found[source] = {"read": counts.total(), "kept": counts[KEPT], "contaminated": by_set}
+    return found
+
+
+def _negatives_removed(changed: dict[str, int]) -> dict[str, Any]:
+    """Of each source by test set and method, from counts by source, language and reason."""
+    found: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for key, negatives in sorted(changed.items()):
+        source, _, reason = key.split("\t", 2)
+        method, _, name = reason.partition(": ")
+        found[source][name][method] += negatives
     return found
 
 

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from babel import localedata
@@ -24,11 +24,9 @@ from f2llm.data.rows import Source, rows_table, write_rows
 from f2llm.errors import UsageError
 from f2llm.files import write_table
 from f2llm.progress import progress
+from f2llm.recipe_data import NamesStage
 from f2llm.rng import generator
 from f2llm.text import clean
-
-if TYPE_CHECKING:
-    from f2llm.recipe import NamesStage
 
 NAMES_FILE = "names.parquet"
 ENGLISH = "eng"
@@ -219,7 +217,7 @@ def _sole(langs: set[str]) -> str:
     return next(iter(langs)) if len(langs) == 1 else lang.MIXED
 
 
-def names_stage(config: "NamesStage", out: Path, seed: int) -> dict[str, Any]:
+def names_stage(config: NamesStage, out: Path, seed: int) -> dict[str, Any]:
     """Write names.parquet (thing, kind, lang, text, split) and the canonical rows of the training names to `out`.
 
     Returns counts: names, languages, things, names of each kind and of each split, rows of each source.

@@ -3,6 +3,8 @@
 folders of rows -> parts (row groups) -> a step on each, anywhere (`f2llm.engine`) -> parts of the same numbers, what
 was rejected with the reason, and a tally. Each part of a stage's output is complete or not there, so a stage that was
 killed goes on with the parts that are missing, and ends in the same files.
+
+What rows were decontaminated of goes wherever they go: to later stages, and to the models trained on them.
 """
 
 from collections import Counter, defaultdict
@@ -21,6 +23,7 @@ from f2llm.files import read_json, write_json, write_table
 
 REJECTS = "rejects.parquet"
 DONE = "done"  # what each finished part counted
+DECONTAMINATION = "decontamination.json"
 REJECT_SCHEMA = SCHEMA.append(pa.field("reason", pa.string(), nullable=False))
 KEPT = "kept"
 
@@ -83,6 +86,7 @@ def sift(folders: Sequence[Path], out: Path, step: Step, what: str) -> Tally:
     write_json(out / "tally.json", {"rows": tally, "changed": changed})
     sources = {source.name: source for folder in folders for source in read_sources(folder)}
     write_sources(out, sources.values(), tally)
+    carry_decontamination(folders, out)
     return tally
 
 
@@ -97,6 +101,27 @@ def write_sources(out: Path, sources: Iterable[Source], tally: Tally) -> None:
             update = {"rows": sum(kept.values()), "languages": sorted(kept)}
             counted.append(source.model_copy(update=update).model_dump())
     write_json(out / SOURCES_FILE, counted)
+
+
+def carry_decontamination(folders: Iterable[Path], out: Path, *own: dict[str, Any]) -> None:
+    """Write to `out` the reports of decontamination that lie in `folders`, each once, and then its `own`.
+
+    Folders are of rows, token stores or models. Where none was decontaminated, nothing is written.
+    """
+    found = [report for folder in folders for report in _decontaminations(folder)]
+    reports = [report for number, report in enumerate([*found, *own]) if report not in found[:number]]
+    if reports:
+        write_json(out / DECONTAMINATION, reports)
+
+
+def _decontaminations(folder: Path) -> list[dict[str, Any]]:
+    path = folder / DECONTAMINATION
+    reports = read_json(path) if path.exists() else []
+    if not isinstance(reports, list):
+        raise F2Error(
+            f"{path} holds a {type(reports).__name__}, expected a list of reports; make the folder again."
+        )
+    return reports
 
 
 def write_part(out: Path, number: int | tuple[int, ...], rows: pa.Table, name: str = ROWS_FILE) -> None:

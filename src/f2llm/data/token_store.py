@@ -16,6 +16,7 @@ Shape suffixes: N numbers asked for, M of these in one part.
 
 import mmap
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,6 +101,7 @@ class TokenStore:
         self.sources, self.languages = header.sources, header.languages
         self.text_starts = _starts([part.texts for part in header.parts])
         self.row_starts = _starts([part.rows for part in header.parts])
+        self._row_starts: list[int] = self.row_starts.tolist()  # Python searches lists faster
         self._mapped: dict[int, _Mapped] = {}
 
     def __len__(self) -> int:
@@ -107,7 +109,7 @@ class TokenStore:
 
     @property
     def row_count(self) -> int:
-        return int(self.row_starts[-1])
+        return self._row_starts[-1]
 
     @cached_property
     def labels(self) -> dict[str, dict[str, int]]:
@@ -206,9 +208,50 @@ class TokenStore:
         if (numbers[numbers != NO_LABEL] >= len(self)).any() or (texts[0] == NO_LABEL).any():
             raise part.damaged("a row names a text that the store does not have")
 
-    def column(self, name: str) -> np.ndarray:
-        """One of `ROW_COLUMNS` of all rows, in memory: two to eight bytes a row."""
-        return np.concatenate([self._part(k).columns[name] for k in range(len(self.header.parts))])
+    def column(self, name: str, rows_N: Any = None) -> np.ndarray:
+        """One of `ROW_COLUMNS`, or the `_asked` of one, of all rows or of some, in memory: 2 to 8 bytes a row."""
+        if rows_N is None:
+            return np.concatenate([self._part(k).columns[name] for k in range(len(self.header.parts))])
+        rows_N = self._checked(rows_N, self.row_starts, "row")
+        found_N = np.empty(len(rows_N), COLUMNS[name])
+        for part, place_M, local_M in self._by_part(rows_N):
+            found_N[place_M] = part.columns[name][local_M]
+        return found_N
+
+    def pick(self, name: str, rows_N: Any, share_N: np.ndarray) -> np.ndarray:
+        """Uint32 [N]: of each row's list the text at a share (0 <= share < 1) of it; F2Error for an empty list."""
+        rows_N = self._checked(rows_N, self.row_starts, "row")
+        found_N = np.empty(len(rows_N), COLUMNS[name])
+        for part, place_M, local_M in self._by_part(rows_N):
+            values = part.columns[name]
+            start_M, end_M = _spans(part, part.columns[f"{name}_offsets"], local_M, len(values), name)
+            if (start_M == end_M).any():
+                raise part.damaged(f"a row has no {name}")
+            found_N[place_M] = values[start_M + (share_N[place_M] * (end_M - start_M)).astype(np.int64)]
+        return found_N
+
+    def item(self, name: str, row: int) -> int:
+        """What a row has in one of `ROW_COLUMNS`, or in the `_asked` of one."""
+        part, local = self._place(row)
+        return int(part.columns[name][local])
+
+    def items(self, name: str, row: int) -> list[int]:
+        """The texts in one of the lists of a row, or what these are behind the prompt."""
+        part, local = self._place(row)
+        offsets = part.columns[f"{name.removesuffix('_asked')}_offsets"]
+        start, end = int(offsets[local]), int(offsets[local + 1])
+        values = part.columns[name]
+        if not start <= end <= len(values):
+            raise part.damaged(f"its offsets of {name} lead outside of it")
+        found: list[int] = values[start:end].tolist()
+        return found
+
+    def _place(self, row: int) -> tuple[_Mapped, int]:
+        """The part that has a row, and where in it."""
+        if not 0 <= row < self.row_count:
+            self._checked([row], self.row_starts, "row")
+        number = bisect_right(self._row_starts, row) - 1
+        return self._mapped.get(number) or self._part(number), row - self._row_starts[number]
 
     def verify(self) -> None:
         """Read all parts and compare them with their checksums; F2Error names the first that differs."""
@@ -233,8 +276,9 @@ class TokenStore:
     def _by_part(self, numbers_N: np.ndarray) -> Iterator[tuple[_Mapped, np.ndarray, np.ndarray]]:
         """Of each part concerned: the part, which of the rows lie in it [M], and where in it [M]."""
         part_N = np.searchsorted(self.row_starts, numbers_N, "right") - 1
-        for number in np.unique(part_N).tolist():
-            place_M = np.flatnonzero(part_N == number)
+        order_N = np.argsort(part_N, kind="stable")
+        numbers, start = np.unique(part_N[order_N], return_index=True)
+        for number, place_M in zip(numbers.tolist(), np.split(order_N, start[1:]), strict=False):
             yield self._part(number), place_M, numbers_N[place_M] - self.row_starts[number]
 
     def _part(self, number: int) -> _Mapped:

@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from f2llm.data.parts import Part, parts, read_part
+from f2llm.data.parts import Part, carry_decontamination, parts, read_part
 from f2llm.data.rows import Source, read_sources
 from f2llm.data.token_store_format import LABELS_FILE, STORE_FILE, VERSION, Header, PartFacts
 from f2llm.data.token_store_numbers import NUMBERS_FILE, HashFile, number_texts, text_hashes
-from f2llm.data.token_store_part import PartWork, load_tokenizer, write_part
+from f2llm.data.token_store_part import PartWork, write_part
 from f2llm.data.token_store_texts import Prompts, part_texts, slices
 from f2llm.engine import map_items
 from f2llm.errors import F2Error
 from f2llm.files import read_object, sha256_file, write_json
 from f2llm.recipe_corpus import TokeniseStage
+from f2llm.tokenizer_file import load_tokenizer
 
 PLAN_FILE, DONE, HASHES, NUMBERING = "plan.json", "done", "hashes", "numbering"
 
@@ -109,6 +110,7 @@ def build(folders: Sequence[Path], tokenizer: Path, out: Path, prefixes: Mapping
         parts=[PartFacts(**facts["part"]) for facts in written],
     )
     write_json(out / LABELS_FILE, _labels(written))
+    carry_decontamination(folders, out)
     write_json(out / STORE_FILE, header.model_dump())
     _remove_leavings(out, but=None)
     return _facts(header, written)

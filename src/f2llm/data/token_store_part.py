@@ -16,7 +16,6 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
 
 from f2llm.data.parts import Part, read_part
 from f2llm.data.token_store_format import (
@@ -33,6 +32,9 @@ from f2llm.data.token_store_numbers import HashFile
 from f2llm.data.token_store_texts import PartTexts, Prompts, as_numpy, part_texts, slices
 from f2llm.errors import F2Error
 from f2llm.files import atomic_write, read_object, write_json
+from f2llm.tokenizer_file import load_tokenizer
+
+_tokenizer = lru_cache(1)(load_tokenizer)  # a worker writes many parts with one
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,6 @@ class PartWork:
     first: int
     """Number of the first text that is new in this part."""
     languages: tuple[str, ...]
-
-
-@lru_cache(1)
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json without any padding or truncation it may ask for."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise F2Error(
-            f"{path} is not a tokenizer file ({error}); restore it from the model's source."
-        ) from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def write_part(work: PartWork) -> dict[str, Any]:
@@ -135,7 +123,7 @@ def _encode(texts: pa.ChunkedArray, work: PartWork) -> Iterator[tuple[np.ndarray
     First of all comes an EOS of no text, so that every text follows upon one.
     """
     yield np.asarray([work.eos_id]), np.empty(0, np.int64)
-    tokenizer = load_tokenizer(work.tokenizer)
+    tokenizer = _tokenizer(work.tokenizer)
     for some in slices(texts):
         encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(some)]
         length_N = np.fromiter(map(len, encoded), np.int64, len(encoded))

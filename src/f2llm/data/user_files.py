@@ -9,7 +9,7 @@ which is for files that are larger than memory or not clean.
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,9 +21,7 @@ from f2llm.data.records import Columns
 from f2llm.data.rows import Format, Source, rows_table, write_rows
 from f2llm.errors import UsageError
 from f2llm.progress import progress
-
-if TYPE_CHECKING:
-    from f2llm.recipe import FilesStage
+from f2llm.recipe_data import FilesStage
 
 FORMAT_OF: dict[str, Format] = {"query": "retrieval", "label": "clustering"}  # by a column that tells
 OURS = Columns(lang=None, query_lang=None, positive_lang=None)  # languages are those of the settings
@@ -76,7 +74,7 @@ def guess_format(file: Path) -> Format:
     )
 
 
-def files_stage(config: "FilesStage", name: str, out: Path) -> dict[str, Any]:
+def files_stage(config: FilesStage, name: str, out: Path) -> dict[str, Any]:
     """Write the rows of a recipe's own files to `out`, as the source `name`; returns the number of rows."""
     source = Source(
         name=name,

@@ -1,6 +1,6 @@
 """The report's page: figures -> pictures and words -> one HTML file that needs nothing else.
 
-charts.py has the geometry, templates/ the words, the style and the script.
+charts.py has the geometry, corpus_page.py what is shown of a corpus, templates/ the words, the style and the script.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from f2llm.evaluate import charts
 from f2llm.evaluate.charts import Dot, Series
+from f2llm.evaluate.corpus_page import corpus_view, share
 
 BASELINES = {
     "tfidf": "TF-IDF, English",
@@ -40,6 +41,7 @@ def render(figures: Figures, logged: dict[str, list[Figures]], recipe: str) -> s
         "short": short_count,
         "duration": duration,
         "scalars": scalars,
+        "share": lambda value: share(value, 1),
     }
     pictures: dict[str, Any] = {"losses": loss_panels(logged)}
     if figures["models"]:
@@ -50,6 +52,7 @@ def render(figures: Figures, logged: dict[str, list[Figures]], recipe: str) -> s
         by_tag={row["language"]: row for row in figures.get("per_language", [])},
         pictures=pictures,
         recipe=recipe,
+        view=corpus_view(figures["corpus"]) if figures["corpus"] else None,
         script_names=script_names(),
     )
 

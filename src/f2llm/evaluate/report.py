@@ -1,11 +1,12 @@
 """The report of a run: what was done, how good the models are, in figures (report.json) and as a page.
 
-recipe.yaml, the stages' manifests, scores.json, log.jsonl -> figures -> report.json, report.html.
+recipe.yaml, the stages' manifests, tallies, scores.json, log.jsonl -> figures -> report.json, report.html.
 """
 
 import json
 from pathlib import Path
 
+from f2llm.data.corpus_report import corpus_report
 from f2llm.errors import F2Error
 from f2llm.evaluate.page import Figures, render
 from f2llm.files import read_json, write_json, write_text
@@ -29,7 +30,7 @@ def write_report(run: Path) -> Figures:
 
 
 def collect(run: Path, manifests: list[Figures]) -> Figures:
-    """The contents of report.json; figures of models and languages only where there is an evaluate stage."""
+    """The contents of report.json; figures of a corpus, or of models and languages, only where a stage makes these."""
     facts_of = {manifest["stage"]: manifest["facts"] for manifest in manifests}
     names = facts_of.get("names", {})
     figures: Figures = {
@@ -42,6 +43,7 @@ def collect(run: Path, manifests: list[Figures]) -> Figures:
         "names": names.get("names", 0),
         "models": [],
         "baseline": {},
+        "corpus": corpus_report(run, manifests),
         "versions": manifests[-1]["versions"],
         "seed": manifests[-1]["seed"],
         "stages": [

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from f2llm.data.parts import Part, parts, write_sources
+from f2llm.data.parts import Part, carry_decontamination, parts, write_sources
 from f2llm.data.rows import read_sources
 from f2llm.engine import Engine, map_items, using
 from f2llm.errors import F2Error, UsageError
@@ -109,6 +109,7 @@ def mine_stage(
         )
     tally = write_rows_out(found, corpus, pools, config.given_negatives == "keep", out)
     write_sources(out, sources.values(), tally)
+    carry_decontamination(folders, out)
     write_text(out / PAGE, report_page(counts))
     write_text(
         out / SHEET, sample_sheet(draw_samples(config.samples, seed, corpus, pools, prefixes, languages))

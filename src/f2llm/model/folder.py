@@ -24,7 +24,7 @@ from f2llm.files import atomic_write, read_object, sha256_file, write_json, writ
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json
 from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.model.tensor_files import open_tensors
-from f2llm.model.tokenizer import load_tokenizer
+from f2llm.tokenizer_file import load_tokenizer
 
 SCHEMA_VERSION = 1
 FACTS = "f2llm.json"

@@ -86,7 +86,7 @@ def _check_rows(rows: SourceRows, where: str) -> None:
 
 def _check_labels(rows: SourceRows, where: str) -> None:
     if rows.source.format == "clustering" and all(
-        len(np.unique(rows.query_number[members])) < 2 for members in rows.rows_by_label.values()
+        len(np.unique(rows.query_number[members])) < 2 for members in rows.rows_of_label
     ):
         raise UsageError(
             f"{where}: expected a label that two different texts have, got {len(rows.labels):,} labels of one text "

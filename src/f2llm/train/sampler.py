@@ -18,6 +18,7 @@ from itertools import chain
 
 import numpy as np
 
+from f2llm.data.rows import Source
 from f2llm.errors import UsageError
 from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.progress import say
@@ -25,7 +26,7 @@ from f2llm.rng import generator
 from f2llm.train.draws import DRAW, right_too
 from f2llm.train.epochs import CapBy, RowStream
 from f2llm.train.objective import NONE
-from f2llm.train.sources import SourceRows, hold_out, load_sources
+from f2llm.train.sources import SourceRows, Text, hold_out, load_sources
 
 __all__ = ["Batch", "Sampler", "SourceRows", "hold_out", "load_sources", "source_schedule"]
 
@@ -35,7 +36,7 @@ class Batch:
     """One step's work as data about texts: each distinct text once, with its prompt."""
 
     source: str
-    texts: list[str]  # distinct, prompts included
+    texts: list[Text]  # distinct, prompts included
     query_B: np.ndarray  # int64, index into texts
     positive_B: np.ndarray
     negative_BK: (
@@ -137,26 +138,23 @@ class Sampler:
         documents = {*positives, *chain.from_iterable(negatives)}
         same_BB, known = right_too(rows, row_B, positives, documents)
 
-        prefix = (
-            query_prefix(source.instruction, self.template)
-            if self.instructions and source.instruction
-            else ""
-        )
+        asked = rows.asked(row_B, documents, prompt_of(source, self.instructions, self.template))
         rate = self.document_instruction_rate if source.symmetric else 0.0
-        number: dict[str, int] = {}
+        number: dict[Text, int] = {}
 
-        def index(text: str) -> int:
+        def index(text: Text) -> int:
             return number.setdefault(text, len(number))
 
-        def document(text: str) -> int:
-            return index(prefix + text if prefix and rng.random() < rate else text)
+        def document(text: Text) -> int:
+            return index(asked[text] if asked and rng.random() < rate else text)
 
-        query_B = [index(prefix + rows.query[row]) for row in row_B]
+        query_B = [index(asked.get(text, text)) for text in (rows.query[row] for row in row_B)]
         positive_B = [document(text) for text in positives]
         negative_BK = np.full((len(row_B), max(map(len, negatives))), NONE)
         for i, texts in enumerate(negatives):
             negative_BK[i, : len(texts)] = [document(text) for text in texts]
-        pairs = {(i, number[form]) for i, text in known for form in (text, prefix + text) if form in number}
+        forms = ((i, form) for i, text in known for form in (text, asked.get(text, text)))
+        pairs = {(i, number[form]) for i, form in forms if form in number}
         return Batch(
             source=source.name,
             texts=list(number),
@@ -167,6 +165,11 @@ class Sampler:
             known_P2=np.asarray(sorted(pairs), dtype=np.int64).reshape(-1, 2),
             in_batch=rows.is_retrieval,
         )
+
+
+def prompt_of(source: Source, instructions: bool, template: str) -> str:
+    """What stands in front of the queries of a source; nothing where it has no instruction, or none is wanted."""
+    return query_prefix(source.instruction, template) if instructions and source.instruction else ""
 
 
 def source_schedule(sizes: Sequence[float], steps: int, seed: int) -> np.ndarray:

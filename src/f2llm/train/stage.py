@@ -1,12 +1,17 @@
 """Training as a stage of a run: canonical rows and a base model in, a complete model folder out."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from f2llm.data.parts import carry_decontamination
 from f2llm.data.rows import Source, read_rows
+from f2llm.data.token_store import TokenStore, open_store
+from f2llm.data.token_store_format import STORE_FILE
 from f2llm.errors import F2Error, UsageError
+from f2llm.files import sha256_file
 from f2llm.model.base import load_base
 from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, model_size, save_model
@@ -17,10 +22,11 @@ from f2llm.progress import say
 from f2llm.recipe import TrainStage
 from f2llm.train.checkpoint import drop_checkpoints
 from f2llm.train.ranks import ALONE, Ranks, on_main, same_on_all, whole_weights
-from f2llm.train.sampler import Sampler
+from f2llm.train.sampler import Sampler, prompt_of
 from f2llm.train.sources import SourceRows, hold_out, load_sources
 from f2llm.train.terms import token_ids, trained_sizes
 from f2llm.train.trainer import train
+from f2llm.train.training import reader_of
 
 
 def train_stage(
@@ -40,7 +46,7 @@ def train_stage(
     """Train a model on canonical rows and leave a complete model folder in `out`; every rank calls it.
 
     Args:
-        data: folder of canonical rows.
+        data: folder of canonical rows, or of the token store made of them, which gives the same weights.
         base: model to start from (see `load_base`), or None for random weights of `config.shape`.
         tokenizer: folder of the tokenizer that random weights start with.
         teacher: model to distil from, or None.
@@ -50,9 +56,16 @@ def train_stage(
         Facts for the manifest.
     """
     same_on_all(recipe_hash, "the recipe's hash", ranks)
-    table, sources = read_rows(data)
-    rows, held_out = split(config, load_sources(table, sources, config.formats), seed)
+    store = open_store(data) if (data / STORE_FILE).exists() else None
+    content, sources = (store, store.sources) if store else read_rows(data)
+    rows, held_out = split(config, load_sources(content, sources, config.formats), seed)
     model = open_base(config, base, tokenizer, seed, ranks)
+    taught_by = load_base(teacher) if teacher else None
+    if store:
+        check_tokenizer(store, model, base or tokenizer, "model")
+        check_prompts(store, [part.source for part in rows], config.instructions, model.facts.template)
+    if store and taught_by:
+        check_tokenizer(store, taught_by, teacher, "teacher")
     if config.instructions:
         check_instructions(model, [source.source for source in rows], config.max_length)
     sampler = make_sampler(config, rows, seed, model.facts.template)
@@ -60,9 +73,10 @@ def train_stage(
         config,
         model,
         sampler,
-        load_base(teacher) if teacher else None,
+        taught_by,
         out,
         held_out=held_out,
+        read=reader_of(store) if store else token_ids,
         inputs=inputs,
         force=force,
         ranks=ranks,
@@ -78,6 +92,8 @@ def train_stage(
         kept=model.facts.kept,
     )
     whole = Model(whole_weights(model.decoder, ranks), model.tokenizer, facts)
+    known = [data] if base is None else [data, Path(base)]
+    on_main(lambda: carry_decontamination(known, out), ranks)
     facts = on_main(lambda: save_model(out, whole), ranks)
     on_main(lambda: drop_checkpoints(out / "checkpoints"), ranks)
     return {
@@ -135,6 +151,31 @@ def check_instructions(model: Model, sources: list[Source], max_length: int) -> 
             raise UsageError(
                 f"the instruction of {source.name} takes all {max_length} tokens of max_length, so that nothing is "
                 f"left of a query; shorten {source.instruction!r:.60} or raise max_length."
+            )
+
+
+def check_tokenizer(store: TokenStore, model: Model, folder: str | Path | None, whose: str) -> None:
+    """Refuse token ids that the model's tokenizer would not have given."""
+    path = Path(str(folder)) / "tokenizer.json"
+    hashes = {hashlib.sha256(model.tokenizer.to_str(pretty=False).encode()).hexdigest()}
+    hashes |= {sha256_file(path)} if path.is_file() else set()
+    if store.header.tokenizer not in hashes:
+        raise UsageError(
+            f"{store.folder} has token ids of another tokenizer (SHA-256 {store.header.tokenizer[:16]}...) than the "
+            f"{whose} (expected {' or '.join(sorted(each[:16] + '...' for each in hashes))}), and no texts; tokenise "
+            f"the rows with that of the {whose}, or give the folder of rows itself as 'data'."
+        )
+
+
+def check_prompts(store: TokenStore, sources: list[Source], instructions: bool, template: str) -> None:
+    """Refuse a store whose queries do not stand behind the prompts that training puts before them."""
+    for source in sources:
+        wanted = prompt_of(source, instructions, template)
+        stored = store.header.prefixes.get(source.name, "")
+        if wanted and wanted != stored:
+            raise UsageError(
+                f"{store.folder} has the queries of {source.name} behind {stored!r:.60}, but training puts {wanted!r:.60} "
+                "before them; tokenise the rows with 'instructions' and the model's template, or train without."
             )
 
 

@@ -40,9 +40,10 @@ from f2llm.train.memory import choose_sum_each, tokens_per_microbatch
 from f2llm.train.optim import learning_rate_at
 from f2llm.train.ranks import ALONE, Ranks, on_main
 from f2llm.train.sampler import Batch, Sampler, SourceRows
+from f2llm.train.sources import Text
 from f2llm.train.step import Ids, accumulate_gradients, vectors_of
 from f2llm.train.terms import Terms, make_loss, token_ids
-from f2llm.train.training import Teacher, Training, begin, begin_teacher
+from f2llm.train.training import Read, Teacher, Training, begin, begin_teacher
 from f2llm.train.trials import Trial, prepare
 from f2llm.train.validate import Best, best_so_far, validate
 from f2llm.train.watch import (
@@ -73,6 +74,7 @@ class Run:
     config: TrainStage  # its `steps` are the run's
     training: Training
     teacher: Teacher | None
+    read: Read
     tokens_per_microbatch: int
     sum_each: bool  # see `accumulate_gradients`
     out: Path
@@ -102,6 +104,7 @@ def train(
     out: Path,
     *,
     held_out: Sequence[SourceRows] = (),
+    read: Read = token_ids,
     inputs: dict[str, str] | None = None,
     force: bool = False,
     ranks: Ranks = ALONE,
@@ -112,6 +115,7 @@ def train(
         sampler: batches of the run; its seed and number of steps hold, also where `config` counts epochs.
         out: folder of log.jsonl and, until the model is written, of the checkpoints.
         held_out: rows for `config.validation`, by source.
+        read: how the texts of `sampler` and `held_out` become token ids.
         inputs: hashes of what the run reads, by name; a run is not continued with others.
         force: continue although data or settings changed.
 
@@ -130,7 +134,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(watchdog(ranks, SECONDS_OF_A_PHASE))
         with watched("begin", ranks):
-            run, meta, done = _begin(config, model, sampler, teacher, out, inputs or {}, force, ranks)
+            run, meta, done = _begin(config, model, sampler, teacher, read, out, inputs or {}, force, ranks)
             best, collapsed = on_main(lambda: _standing(run, done), ranks)
             on_main(lambda: keep_only(run.best_checkpoints, {best.step}), ranks)
         training = run.training
@@ -139,7 +143,7 @@ def train(
             log = stack.enter_context(open_log(run.log_file, done, config.tensorboard))
         bar = stack.enter_context(progress(total=sampler.steps, what=f"train {out.name}", unit="step"))
         bar.advance(done)
-        for step, batch, ids in _batches(sampler, model, config.max_length, done, ranks):
+        for step, batch, ids in _batches(sampler, run, done):
             if trials and step % config.validation.every == 0:  # type: ignore[union-attr]
                 best = _validate(run, trials, step, best, log)
                 if best.stop:
@@ -168,6 +172,7 @@ def _begin(
     model: Model,
     sampler: Sampler,
     teacher: Model | None,
+    read: Read,
     out: Path,
     inputs: dict[str, str],
     force: bool,
@@ -175,7 +180,7 @@ def _begin(
 ) -> tuple[Run, dict[str, Any], int]:
     """All that the loop needs, what checkpoints are to say of the run, and the number of steps done."""
     training = begin(config, model, sampler.seed, ranks)
-    taught = begin_teacher(config, model, teacher, ranks) if teacher else None
+    taught = begin_teacher(config, model, teacher, read, ranks) if teacher else None
     meta = _meta(config, sampler.seed, inputs, ranks)
     done = 0
     if found := find_checkpoint(out / "checkpoints", ranks):
@@ -186,11 +191,11 @@ def _begin(
         budget = config.tokens_per_microbatch or then["tokens_per_microbatch"]
         sum_each: bool = then["sum_each"]
     else:
-        most_tokens = _most_tokens(config, model, sampler) // ranks.world
+        most_tokens = _most_tokens(config, model, sampler, read) // ranks.world
         budget = tokens_per_microbatch(model.decoder, config, most_tokens, ranks)
         sum_each = choose_sum_each(model.decoder, config, ranks)
     meta |= {"tokens_per_microbatch": budget, "sum_each": sum_each}
-    return Run(config, training, taught, budget, sum_each, out, ranks), meta, done
+    return Run(config, training, taught, read, budget, sum_each, out, ranks), meta, done
 
 
 def _standing(run: Run, done: int) -> tuple[Best, bool]:
@@ -211,16 +216,14 @@ def _standing(run: Run, done: int) -> tuple[Best, bool]:
     return best, collapsed
 
 
-def _batches(
-    sampler: Sampler, model: Model, max_length: int, done: int, ranks: Ranks
-) -> Iterator[tuple[int, Batch, Ids]]:
+def _batches(sampler: Sampler, run: Run, done: int) -> Iterator[tuple[int, Batch, Ids]]:
     """Steps not done yet with their batches and token ids; beside a GPU, the next ones are made while it works."""
 
     def make(step: int) -> tuple[int, Batch, Ids]:
         batch = sampler[step]
-        return step, batch, token_ids(model, batch.texts, max_length)
+        return step, batch, run.read(run.training.model, batch.texts, run.config.max_length)
 
-    if ranks.device.type == "cpu":  # where another busy thread would take its time from the computation
+    if run.ranks.device.type == "cpu":  # where another busy thread would take its time from the computation
         yield from map(make, range(done, sampler.steps))
         return
     with ThreadPoolExecutor(1) as pool:
@@ -287,8 +290,8 @@ def _validate(run: Run, trials: Sequence[Trial], step: int, best: Best, log: Log
     """Score the weights after `step` steps; if the run may stop early, keep the best."""
     config, model = run.config, run.training.model
 
-    def encode(texts: list[str]) -> Tensor:
-        ids = token_ids(model, texts, config.max_length)
+    def encode(texts: list[Text]) -> Tensor:
+        ids = run.read(model, texts, config.max_length)
         return vectors_of(model.decoder, ids, run.tokens_per_microbatch, run.ranks)
 
     def terms_of(batch: Batch, vectors_ND: Tensor) -> dict[str, float]:
@@ -327,10 +330,10 @@ def _leave(run: Run, best: Best) -> None:
     decoder.eval()
 
 
-def _most_tokens(config: TrainStage, model: Model, sampler: Sampler) -> int:
+def _most_tokens(config: TrainStage, model: Model, sampler: Sampler, read: Read) -> int:
     """More tokens than a batch is likely to have, from a look at some; one that has more is only cut once more."""
     steps = range(0, sampler.steps, max(1, sampler.steps // PROBED_STEPS))
-    seen = [sum(map(len, token_ids(model, sampler[step].texts, config.max_length))) for step in steps]
+    seen = [sum(map(len, read(model, sampler[step].texts, config.max_length))) for step in steps]
     return 3 * max(seen) // 2
 
 

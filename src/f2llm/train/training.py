@@ -1,10 +1,10 @@
-"""What a run moves and what it learns from: the model with its optimizer and averages, and the teacher.
+"""What a run moves and what it learns from: the model with its optimizer and averages, texts as ids, and the teacher.
 
 Shape suffixes: N texts of a batch, D dims of the student.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -12,13 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from f2llm.data.token_store import TokenStore
 from f2llm.model.folder import Model
 from f2llm.recipe import TrainStage
 from f2llm.train.lora import add_lora
 from f2llm.train.optim import Average, Optimizer, make_optimizer
 from f2llm.train.ranks import Ranks, shard
-from f2llm.train.step import vectors_of
-from f2llm.train.terms import taught_dimensions, token_ids
+from f2llm.train.sources import Text
+from f2llm.train.step import Ids, vectors_of
+from f2llm.train.terms import taught_dimensions
+
+Read = Callable[[Model, Sequence[Text], int], Ids]
+"""Token ids of texts for a model, EOS last; those that are longer than so many tokens are cut before it."""
 
 LOWEST_TEMPERATURE = 0.01  # a learnt temperature stays above it, as in CLIP (arXiv 2103.00020)
 
@@ -75,10 +80,11 @@ class Teacher:
 
     model: Model
     taught_D: Tensor
+    read: Read
 
-    def vectors(self, texts: Sequence[str], max_length: int, budget: int, ranks: Ranks) -> Tensor:
+    def vectors(self, texts: Sequence[Text], max_length: int, budget: int, ranks: Ranks) -> Tensor:
         """Raw vectors [N, D] of a batch's texts, without a graph."""
-        ids = token_ids(self.model, texts, max_length)
+        ids = self.read(self.model, texts, max_length)
         return vectors_of(self.model.decoder, ids, budget, ranks).index_select(1, self.taught_D)
 
 
@@ -101,10 +107,19 @@ def begin(config: TrainStage, model: Model, seed: int, ranks: Ranks) -> Training
     )
 
 
-def begin_teacher(config: TrainStage, model: Model, teacher: Model, ranks: Ranks) -> Teacher:
+def begin_teacher(config: TrainStage, model: Model, teacher: Model, read: Read, ranks: Ranks) -> Teacher:
     taught_D = taught_dimensions(config, model, teacher).to(ranks.device)
     shard(teacher.decoder.eval(), ranks, precision_of(config, ranks), False)
-    return Teacher(teacher, taught_D)
+    return Teacher(teacher, taught_D, read)
+
+
+def reader_of(store: TokenStore) -> Read:
+    """Reads texts by their numbers; for models whose tokenizer is the store's (`check_store`)."""
+
+    def read(model: Model, texts: Sequence[Text], max_length: int) -> Ids:
+        return [ids_N.tolist() for ids_N in store.tokens(texts, max_length)]
+
+    return read
 
 
 def precision_of(config: TrainStage, ranks: Ranks) -> Literal["fp32", "bf16"]:

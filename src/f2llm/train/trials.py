@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from f2llm.errors import F2Error
-from f2llm.model.prompts import TEMPLATE, query_prefix
+from f2llm.model.prompts import TEMPLATE
 from f2llm.recipe import TrainStage
-from f2llm.train.sampler import Batch, Sampler
-from f2llm.train.sources import SourceRows
+from f2llm.train.sampler import Batch, Sampler, prompt_of
+from f2llm.train.sources import SourceRows, Text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trial:
     source: str
     format: str
     rows: int
-    texts: list[str]  # distinct, prompts included: of queries, candidates and batches
+    texts: list[Text]  # distinct, prompts included: of queries, candidates and batches
     candidate_C: np.ndarray  # int64, among texts
     questions: list[Question]
     batches: list[tuple[Batch, np.ndarray]]  # and int64 [N], the place of its texts among `texts`
@@ -71,13 +71,13 @@ def prepare(
 
 
 def _trial(config: TrainStage, rows: SourceRows, seed: int, template: str) -> Trial:
-    number: dict[str, int] = {}
+    number: dict[Text, int] = {}
 
-    def index(text: str) -> int:
+    def index(text: Text) -> int:
         return number.setdefault(text, len(number))
 
-    instruction = rows.source.instruction if config.instructions else ""
-    prefix = query_prefix(instruction, template) if instruction else ""
+    prompt = prompt_of(rows.source, config.instructions, template)
+    asked = rows.asked(range(len(rows)), (), prompt)
     candidates, right_by_row = CANDIDATES[rows.source.format](rows)
     place = {text: c for c, text in enumerate(candidates)}
     questions = []
@@ -86,7 +86,7 @@ def _trial(config: TrainStage, rows: SourceRows, seed: int, template: str) -> Tr
         right_R = right_R[right_R != own] if own is not None else right_R
         wrong = len(candidates) - len(right_R) - (own is not None)
         if len(right_R) and wrong:
-            questions.append(Question(index(prefix + query), lang, right_R, own))
+            questions.append(Question(index(asked.get(query, query)), lang, right_R, own))
     candidate_C = np.asarray([index(text) for text in candidates], dtype=np.int64)
     batches = [
         (batch, np.asarray([index(text) for text in batch.texts])) for batch in _batches(config, rows, seed)
@@ -104,7 +104,7 @@ def _trial(config: TrainStage, rows: SourceRows, seed: int, template: str) -> Tr
 
 def _batches(config: TrainStage, rows: SourceRows, seed: int) -> Iterator[Batch]:
     """One epoch in whole batches, drawn as in training; rows left over at the end have no part in the loss."""
-    if rows.source.format != "retrieval" and len(rows.rows_by_label) < 2:
+    if rows.source.format != "retrieval" and len(rows.labels) < 2:
         return  # no other label, no negatives
     size = min(config.batch_size, len(rows))
     steps = len(rows) // size
@@ -122,7 +122,7 @@ def _batches(config: TrainStage, rows: SourceRows, seed: int) -> Iterator[Batch]
 
 
 # Distinct candidates, and for each row which of them are right (int64, ascending).
-Candidates = tuple[list[str], list[np.ndarray]]
+Candidates = tuple[list[Text], list[np.ndarray]]
 
 
 def _documents(rows: SourceRows) -> Candidates:
@@ -135,8 +135,8 @@ def _texts(rows: SourceRows) -> Candidates:
     texts = list(dict.fromkeys(rows.query))
     place = {text: c for c, text in enumerate(texts)}
     of_label = {
-        label: _ascending(place[rows.query[row]] for row in members)
-        for label, members in rows.rows_by_label.items()
+        label: _ascending(place[rows.query[row]] for row in members.tolist())
+        for label, members in zip(rows.labels, rows.rows_of_label, strict=True)
     }
     right = [[of_label[label] for label in rows.answers(row)] for row in range(len(rows))]
     return texts, [

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from f2llm.errors import F2Error
 from f2llm.train.sampler import Batch
+from f2llm.train.sources import Text
 from f2llm.train.trials import Trial
 
-Encode = Callable[[list[str]], Tensor]
+Encode = Callable[[list[Text]], Tensor]
 LossOf = Callable[[Batch, Tensor], dict[str, float]]
 Figures = dict[str, Any]
 

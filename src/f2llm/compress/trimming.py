@@ -1,0 +1,101 @@
+"""The command around vocabulary trimming: a model and a corpus in, a smaller model and what it covers out.
+
+Of the corpus, one text in HELD_OUT is not counted: on these it is measured how many texts of each language keep their
+tokens, and so their vectors, and how much longer the others become.
+"""
+
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from f2llm.compress.vocabulary import NOTHING, TEXTS_AT_ONCE, Coverage, coverage, tokens_to_keep, trim, usage
+from f2llm.data.corpus_texts import iterate_corpus
+from f2llm.data.parts import carry_decontamination
+from f2llm.errors import UsageError
+from f2llm.files import write_json
+from f2llm.model.base import load_base
+from f2llm.model.folder import ModelFacts, model_size, save_model
+from f2llm.model.prompts import query_prefix
+
+HELD_OUT = 20
+REPORT_FILE = "vocabulary.json"
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """What came of a model."""
+
+    facts: ModelFacts
+    tokens: tuple[int, int]  # of the vocabulary, before and after
+    parameters: tuple[int, int]
+    languages: dict[str, Coverage]  # of held-out texts; by language, sorted
+
+
+def trim_model(
+    model: str | Path,
+    out: Path,
+    corpus: Sequence[Path],
+    *,
+    languages: Collection[str] | None = None,
+    keep: int | None = None,
+    column: str = "text",
+) -> Trimmed:
+    """Write the folder of the model with the tokens that a corpus uses.
+
+    Args:
+        model: as `load_base` takes it.
+        corpus, languages, column: as `iterate_corpus` takes them. Texts count as they are and behind the model's own
+            prompt.
+        keep: most tokens; all that the corpus uses without it.
+
+    Raises:
+        UsageError: the corpus has no text of these languages, or `keep` is too small.
+    """
+    whole = load_base(model)
+    prefix = query_prefix(whole.facts.instruction, whole.facts.template) if whole.facts.instruction else ""
+
+    def texts(held_out: bool) -> Iterator[tuple[str, str]]:
+        found = iterate_corpus(corpus, languages, column)
+        return ((of, text) for of, text in found if (zlib.crc32(text.encode()) % HELD_OUT == 0) == held_out)
+
+    uses_V = usage(whole.tokenizer, _also_asked((text for _, text in texts(held_out=False)), prefix))
+    if not uses_V.any():
+        of = f" of {', '.join(sorted(languages))}" if languages else ""
+        raise UsageError(
+            f"{', '.join(map(str, corpus))} has no text{of} to count tokens in; give another corpus."
+        )
+    kept_K = tokens_to_keep(whole.tokenizer, uses_V, keep)
+    small = trim(whole, kept_K)
+    covered = _by_language(
+        texts(held_out=True),
+        lambda some: coverage(whole.tokenizer, small.tokenizer, kept_K, _also_asked(some, prefix)),
+    )
+    carry_decontamination([Path(model)] if Path(model).is_dir() else [], out)
+    write_json(out / REPORT_FILE, {"kept": kept_K.tolist(), "of": whole.facts.identity})
+    facts = save_model(out, small)
+    return Trimmed(
+        facts,
+        (whole.decoder.config.vocab_size, len(kept_K)),
+        (model_size(whole.decoder), model_size(small.decoder)),
+        covered,
+    )
+
+
+def _also_asked(texts: Iterable[str], prefix: str) -> Iterator[str]:
+    """Each text, and it behind the prompt: the space in front changes a text's first token."""
+    return chain.from_iterable((text, prefix + text) if prefix else (text,) for text in texts)
+
+
+def _by_language(
+    texts: Iterator[tuple[str, str]], measure: Callable[[list[str]], Coverage]
+) -> dict[str, Coverage]:
+    total: dict[str, Coverage] = {}
+    while some := list(islice(texts, TEXTS_AT_ONCE)):
+        found: dict[str, list[str]] = {}
+        for language, text in some:
+            found.setdefault(language, []).append(text)
+        for language, own in found.items():
+            total[language] = total.get(language, NOTHING) + measure(own)
+    return dict(sorted(total.items()))
