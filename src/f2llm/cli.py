@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from f2llm import __version__, cli_data, runtime
+from f2llm import __version__, cli_data, cli_models, runtime
 from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.progress import say
 
@@ -138,6 +138,7 @@ def plan(
 
 
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_models.app)
 
 
 @app.command()

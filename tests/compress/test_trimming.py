@@ -40,6 +40,8 @@ def test_a_corpus_is_all_queries_and_documents_with_their_languages(
     )
     with pytest.raises(UsageError, match=r"x.txt does not say of what language"):
         list(iterate_corpus([tmp_path / "x.txt"], {"fra"}))
+    with pytest.raises(UsageError, match=r"y.txt is missing"):
+        list(iterate_corpus([tmp_path / "y.txt"]))
 
 
 def test_texts_of_the_corpus_keep_their_vectors_and_others_cost_tokens(

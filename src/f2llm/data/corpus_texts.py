@@ -23,9 +23,12 @@ def iterate_corpus(
         column: of files that are no rows.
 
     Raises:
-        UsageError: languages were asked for, but a file does not say of what language its texts are.
+        UsageError: a path is missing, or languages were asked for, but a file does not say of what language its texts
+            are.
     """
     for path in corpus:
+        if not path.exists():
+            raise UsageError(f"{path} is missing; give a folder of rows or a file of texts.")
         if (path / ROWS_FILE).exists():
             yield from _of_rows(path, languages)
         elif languages is not None:
