@@ -40,7 +40,7 @@ HEIGHTS = (
     {"compress", "evaluate", "mine", "search", "plan"},
     {"synthetic"},
     {"summary", "stages"},
-    {"pipeline", "doctor", "cli_data"},
+    {"pipeline", "doctor", "cli_data", "cli_models"},
     {"cli"},
     {"__main__"},
 )

@@ -107,8 +107,9 @@ class TrainStage(Strict):
     """Contrastive training of a new decoder (`shape` and `tokenizer`) or of an earlier one (`base`)."""
 
     stage: Literal["train"]
-    data: Annotated[str, DATA_OR_FOLDER] = Field(
-        description="the names or files stage with the rows, or the path (with a slash) of a folder of rows"
+    data: Annotated[str, Takes((*ROWS, "tokenise"), or_path=True)] = Field(
+        description="the stage with the rows, or the tokenise stage that has them as token ids, which trains to the "
+        "same weights; or the path (with a slash) of such a folder"
     )
     base: Annotated[str | None, STAGE_OR_MODEL] = Field(
         None,
@@ -245,7 +246,7 @@ class TrainStage(Strict):
 
 
 class PruneStage(Strict):
-    """A smaller copy of a model: the widths' weakest units by activation norm and the last layers are cut."""
+    """A smaller copy of a model: the weakest units of both widths and some layers are cut, and heads if wanted."""
 
     stage: Literal["prune"]
     model: Annotated[str, STAGE_OR_MODEL] = Field(
@@ -256,8 +257,19 @@ class PruneStage(Strict):
     )
     hidden_size: int = Field(ge=8, description="hidden width to keep")
     intermediate_size: int = Field(ge=1, description="MLP width to keep")
-    layers: int = Field(ge=1, description="layers to keep, from the first")
-    calibration_texts: int = Field(1000, ge=1, description="texts to measure activations on")
+    layers: int = Field(ge=1, description="layers to keep")
+    heads: int | None = Field(
+        None, ge=1, description="query heads to keep, in groups that share a key/value head; all if left out"
+    )
+    score: Literal["activation", "taylor"] = Field(
+        "activation",
+        description="what the strongest units are: those of the largest activations, or those that a contrastive loss "
+        "of queries and positives depends on most",
+    )
+    depth: Literal["first", "change"] = Field(
+        "first", description="which layers to keep: the first, or those that change a text's tokens most"
+    )
+    calibration_texts: int = Field(1000, ge=1, description="texts, or with 'taylor' pairs, to measure on")
 
 
 class EvaluateStage(Strict):
@@ -366,8 +378,9 @@ def _wrong_references(stages: dict[str, Stage]) -> Iterator[tuple[str, Location]
             else:
                 what = "which comes no earlier" if item.name in stages else "which is no stage of this recipe"
             wanted = f"an earlier {' or '.join(item.takes.kinds)} stage"
-            if item.takes.kinds == ROWS:
-                wanted = "an earlier stage of rows"
+            if item.takes.kinds[: len(ROWS)] == ROWS:
+                others = [f"an earlier {kind} stage" for kind in item.takes.kinds[len(ROWS) :]]
+                wanted = " or ".join(["an earlier stage of rows", *others])
             if item.takes.or_path:
                 wanted += ", or a path with a slash"
             yield (

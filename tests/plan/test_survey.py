@@ -1,6 +1,7 @@
 """What a stage's rows amount to, against hand-written rows counted by hand."""
 
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from f2llm.data.rows import Source, read_rows, rows_table, write_rows
+from f2llm.data.token_store_build import build
 from f2llm.errors import F2Error
 from f2llm.files import write_text
 from f2llm.model.prompts import query_prefix
@@ -156,3 +158,25 @@ def test_rows_of_other_formats_are_no_data(settings: Settings, tmp_path: Path) -
     survey_rows(tmp_path / "rows")
     with pytest.raises(F2Error, match="has no rows to draw of the formats"):
         survey(settings(formats=["classification"]), tmp_path / "rows", None, None, 60)
+
+
+def test_a_store_is_what_its_rows_are(settings: Settings, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    survey_rows(tmp_path / "rows")
+    path = tmp_path / "tokenizer.json"
+    write_text(path, tokenizer.to_str())
+    sources = {source.name: source for source in read_rows(tmp_path / "rows")[1]}
+    prefixes = {name: query_prefix(source.instruction) for name, source in sources.items()}
+    build([tmp_path / "rows"], path, tmp_path / "store", prefixes)
+    for changes in (
+        {},
+        {"formats": ["retrieval"], "max_length": 30, "cap": 15, "cap_by": "language"},
+        {"instructions": False, "hard_negatives": HARD, "validation": Validation(rows=3)},
+        {"formats": ["clustering"], "document_instruction_rate": 0.3, "hard_negatives": HARD},
+    ):
+        stage = settings(**changes)
+        rows, stored = (
+            survey(stage, tmp_path / name, tokenizer_file, None, 1)
+            for name, tokenizer_file in (("rows", path), ("store", None))
+        )
+        assert (stored.rows, stored.held_out) == (rows.rows, rows.held_out)
+        assert astuple(stored.query) == pytest.approx(astuple(rows.query))

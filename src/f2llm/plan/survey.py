@@ -1,13 +1,15 @@
 """What a training stage's rows amount to, before any of them is trained on: rows in an epoch, tokens of a query.
 
 Where the folder of canonical rows is there, rows are counted and a sample of each source is measured, with the
-tokenizer if that is there too. Otherwise both are assumed: the rows that the user gives, those published for the
-paper's two stages (told by the folder's name), or ROWS; and the same number of tokens for every text.
+tokenizer if that is there too; the texts of a token store are measured already. Otherwise both are assumed: the rows
+that the user gives, those published for the paper's two stages (told by the folder's name), or ROWS; and the same
+number of tokens for every text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from f2llm.data.rows import ROWS_FILE, SOURCES_FILE, Source
+from f2llm.data.token_store import open_store
+from f2llm.data.token_store_format import STORE_FILE
 from f2llm.errors import F2Error
 from f2llm.family import STAGES
 from f2llm.files import read_json
@@ -24,7 +28,7 @@ from f2llm.plan.cost import Load
 from f2llm.recipe import TrainStage
 from f2llm.rng import generator
 from f2llm.tokenizer_file import load_tokenizer
-from f2llm.train.sources import LARGEST_SHARE
+from f2llm.train.sources import LARGEST_SHARE, Text
 
 ROWS = 1_000_000  # of an epoch, where nothing tells
 TOKENS_PER_TEXT = (
@@ -36,7 +40,7 @@ BYTES_PER_TOKEN = (
 SAMPLE = 200  # rows of each source whose texts are measured
 MEASURED = ["source", "query", "positives", "negatives", "label"]
 
-CountTokens = Callable[[Sequence[str]], list[int]]
+CountTokens = Callable[[Sequence[Text]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ def survey(
     """Count and measure the rows in `folder`, or assume them.
 
     Args:
-        folder: of canonical rows; it need not be there.
+        folder: of canonical rows, or a token store; it need not be there.
         tokenizer: a tokenizer.json that measures texts, or None.
         rows, tokens_per_text: what to assume where the folder is not there (rows: None for the defaults).
     """
-    if (folder / ROWS_FILE).is_file():
-        return _measured(stage, folder, tokenizer)
+    if (folder / STORE_FILE).is_file():
+        return _measured(stage, folder, _of_store(stage, folder))
+    if (folder / ROWS_FILE).exists():
+        return _measured(stage, folder, _of_folder(stage, folder, tokenizer))
     return _assumed(stage, folder, rows, tokens_per_text)
 
 
@@ -81,42 +87,112 @@ def _assumed(stage: TrainStage, folder: Path, rows: int | None, tokens_per_text:
     return Survey(rows, 0, Load.of([tokens]) * texts, basis)
 
 
-def _measured(stage: TrainStage, folder: Path, tokenizer: Path | None) -> Survey:
+class _Texts(NamedTuple):
+    """Texts of some rows of one source: as they are, and behind its prompt."""
+
+    query: tuple[list[Text], list[Text]]
+    documents: tuple[list[list[Text]], list[list[Text]]]  # of each row the first positive, then its negatives
+    label: tuple[list[Text], list[Text]]
+
+
+class _Rows(NamedTuple):
+    """Rows of a folder, as far as they are read to be counted."""
+
+    sources: list[Source]
+    source_of_row: np.ndarray  # index into `sources`
+    language_of_row: np.ndarray
+    sample: Callable[
+        [list[tuple[Source, np.ndarray]]], Iterator[_Texts]
+    ]  # texts of rows by number, by source
+    count_tokens: CountTokens
+    how: str  # tokens are counted
+
+
+def _measured(stage: TrainStage, folder: Path, rows: _Rows) -> Survey:
     """Sources count as often as they are drawn: by their rows after the cap, times their weight."""
-    path = folder / ROWS_FILE
-    everything = [Source(**values) for values in read_json(folder / SOURCES_FILE)]
-    columns = pq.read_table(path, columns=["source", "query_lang"], read_dictionary=["source", "query_lang"])
-    source_of_row = _numbers(columns["source"], [source.name for source in everything])
-    languages = columns["query_lang"].unique().to_pylist() if stage.cap_by == "language" else []
-    language_of_row = (
-        _numbers(columns["query_lang"], languages) if languages else np.zeros_like(source_of_row)
-    )
     own = [
         (source, numbers)
-        for number, source in enumerate(everything)
+        for number, source in enumerate(rows.sources)
         if source.format in stage.formats
         and stage.source_weights.get(source.name, 1.0)
-        and len(numbers := np.flatnonzero(source_of_row == number))
+        and len(numbers := np.flatnonzero(rows.source_of_row == number))
     ]
     if not own:
         raise F2Error(
             f"{folder} has no rows to draw of the formats {list(stage.formats)}; name other formats or another folder."
         )
-    picked = [generator(0, "survey", s.name).permutation(numbers)[:SAMPLE] for s, numbers in own]
-    sample = ds.dataset(path).take(pa.array(np.sort(np.concatenate(picked))), columns=MEASURED)
-    count_tokens = _counter(tokenizer, stage.max_length)
+    picked = [(s, generator(0, "survey", s.name).permutation(numbers)[:SAMPLE]) for s, numbers in own]
     held_out, drawn, query = 0, 0.0, Load(0, 0, 0)
-    for source, numbers in own:
+    for (source, numbers), texts in zip(own, rows.sample(picked), strict=True):
         kept_back = min(stage.validation.rows, len(numbers) // LARGEST_SHARE) if stage.validation else 0
-        per_language = np.bincount(language_of_row[numbers])
-        capped = min(int(np.minimum(per_language, stage.cap or len(numbers)).sum()), len(numbers) - kept_back)
+        # Of the whole source where the cap is not by language.
+        group_of_row = rows.language_of_row[numbers] * (stage.cap_by == "language")
+        capped = min(
+            int(np.minimum(np.bincount(group_of_row), stage.cap or len(numbers)).sum()),
+            len(numbers) - kept_back,
+        )
         held_out += kept_back
         weight = capped * stage.source_weights.get(source.name, 1.0)
-        texts = sample.filter(pc.equal(sample["source"], source.name))
-        query, drawn = query + _query_load(stage, source, texts, count_tokens) * weight, drawn + weight
-    how = "the tokenizer" if tokenizer else f"{BYTES_PER_TOKEN} bytes a token"
+        query, drawn = query + _query_load(stage, source, texts, rows.count_tokens) * weight, drawn + weight
     return Survey(
-        round(drawn), held_out, query * (1 / drawn), f"counted in {folder}, texts sampled, with {how}"
+        round(drawn), held_out, query * (1 / drawn), f"counted in {folder}, texts sampled, {rows.how}"
+    )
+
+
+def _of_folder(stage: TrainStage, folder: Path, tokenizer: Path | None) -> _Rows:
+    path = folder / ROWS_FILE
+    sources = [Source(**values) for values in read_json(folder / SOURCES_FILE)]
+    columns = pq.read_table(path, columns=["source", "query_lang"], read_dictionary=["source", "query_lang"])
+
+    def sample(picked: list[tuple[Source, np.ndarray]]) -> Iterator[_Texts]:
+        rows = np.sort(np.concatenate([numbers for _, numbers in picked]))
+        table = ds.dataset(path).take(pa.array(rows), columns=MEASURED)
+        for source, _ in picked:
+            own = table.filter(pc.equal(table["source"], source.name)).to_pydict()
+            prefix = query_prefix(source.instruction) if stage.instructions and source.instruction else ""
+            documents = [
+                [*given[:1], *others]
+                for given, others in zip(own["positives"], own["negatives"], strict=True)
+            ]
+            yield _Texts(
+                (own["query"], [prefix + text for text in own["query"]]),
+                (documents, [[prefix + text for text in some] for some in documents]),
+                (own["label"], [prefix + (label or "") for label in own["label"]]),
+            )
+
+    return _Rows(
+        sources,
+        _numbers(columns["source"], [source.name for source in sources]),
+        _numbers(columns["query_lang"], columns["query_lang"].unique().to_pylist()),
+        sample,
+        _counter(tokenizer, stage.max_length),
+        "with the tokenizer" if tokenizer else f"with {BYTES_PER_TOKEN} bytes a token",
+    )
+
+
+def _of_store(stage: TrainStage, folder: Path) -> _Rows:
+    store = open_store(folder)
+
+    def sample(picked: list[tuple[Source, np.ndarray]]) -> Iterator[_Texts]:
+        for _, numbers in picked:
+            rows = store.rows(np.sort(numbers))
+            plain = [
+                [*given[:1], *others] for given, others in zip(rows.positives, rows.negatives, strict=True)
+            ]
+            asked = zip(rows.positives_asked, rows.negatives_asked, strict=True)
+            yield _Texts(
+                (rows.query.tolist(), rows.query_asked.tolist()),
+                (plain, [[*given[:1], *others] for given, others in asked]),
+                (rows.label.tolist(), rows.label_asked.tolist()),
+            )
+
+    return _Rows(
+        store.sources,
+        store.column("source"),
+        store.column("query_lang"),
+        sample,
+        lambda texts: [len(ids) for ids in store.tokens(texts, stage.max_length)],
+        "as they are stored",
     )
 
 
@@ -143,28 +219,30 @@ def _counter(tokenizer: Path | None, max_length: int) -> CountTokens:
     ]
 
 
-def _query_load(stage: TrainStage, source: Source, sample: pa.Table, count_tokens: CountTokens) -> Load:
+def _query_load(stage: TrainStage, source: Source, texts: _Texts, count_tokens: CountTokens) -> Load:
     """The mean over sampled rows of what a query brings: itself, its positive and its hard negatives.
 
     Texts that a batch has twice are computed once; that is accounted for where it matters, in two-way
     classification, whose documents are the labels.
     """
     negatives = stage.hard_negatives.model_dump()[source.format]
-    texts = sample["query"].to_pylist()
-    if source.format == "retrieval":
-        lists = zip(sample["positives"].to_pylist(), sample["negatives"].to_pylist(), strict=True)
-        documents = [text for positives, others in lists for text in (positives[0], *others[:negatives])]
-        per_query = len(documents) / len(texts)
-    elif source.format == "clustering":
-        documents, per_query = texts, 1 + negatives
-    else:
-        documents = sorted(set(sample["label"].to_pylist()))
-        per_query = min(1 + negatives, len(documents) / stage.batch_size)
-    prefix = query_prefix(source.instruction) if stage.instructions and source.instruction else ""
-    rate = stage.document_instruction_rate if prefix and source.symmetric else 0.0
+    prompted = bool(stage.instructions and source.instruction)
+    rate = stage.document_instruction_rate if prompted and source.symmetric else 0.0
 
-    def mean(some: list[str]) -> Load:
+    def documents(asked: bool) -> list[Text]:
+        if source.format == "retrieval":
+            return [text for some in texts.documents[asked] for text in some[: 1 + negatives]]
+        return texts.query[asked] if source.format == "clustering" else sorted(set(texts.label[asked]))
+
+    def mean(some: list[Text]) -> Load:
         return Load.of(count_tokens(some)) * (1 / len(some))
 
-    load = mean([prefix + text for text in texts]) + mean(documents) * (per_query * (1 - rate))
-    return load + mean([prefix + text for text in documents]) * (per_query * rate) if rate else load
+    count = len(documents(asked=False))
+    if source.format == "retrieval":
+        per_query = count / len(texts.query[0])
+    else:
+        per_query = (
+            1 + negatives if source.format == "clustering" else min(1 + negatives, count / stage.batch_size)
+        )
+    load = mean(texts.query[prompted]) + mean(documents(asked=False)) * (per_query * (1 - rate))
+    return load + mean(documents(asked=True)) * (per_query * rate) if rate else load

@@ -26,7 +26,7 @@ CapBy = Literal["source", "language"]
 class Picked:
     """Rows, and what the epoch draws for each of them."""
 
-    row_M: np.ndarray  # int64, row numbers
+    row_M: np.ndarray  # int32, row numbers
     share_M: np.ndarray  # float64 in [0, 1): chooses the positive among those that the row has to choose from
 
     def take(self, places: np.ndarray | slice) -> "Picked":
@@ -82,7 +82,7 @@ class RowStream:
         return picked.take(keep_apart(self._texts(picked), self._batches(epoch), np.zeros(len(row_M), bool)))
 
     def _choose(self, rng: np.random.Generator) -> np.ndarray:
-        """Rows of an epoch, int64 [M]: of each language its share, and each row once before any comes again."""
+        """Rows of an epoch, int32 [M]: of each language its share, and each row once before any comes again."""
         count_L = share_out(self.share_L, self.epoch_size, rng.random())
         chosen = []
         for pool, count in zip(self.rows.rows_by_language.values(), count_L.tolist(), strict=True):
@@ -114,10 +114,9 @@ class RowStream:
         return self.rows.query_and_positive(picked.row_M, picked.share_M)
 
     def _batches(self, epoch: int) -> np.ndarray:
-        """Int64 [M], ascending from 0: the batch in which each place of an epoch lies."""
-        first = epoch * self.epoch_size
-        place_M = np.arange(first, first + self.epoch_size)
-        return place_M // self.batch_size - first // self.batch_size
+        """Int32 [M], ascending from 0: the batch in which each place of an epoch lies."""
+        offset = epoch * self.epoch_size % self.batch_size
+        return np.arange(offset, offset + self.epoch_size, dtype=np.int32) // np.int32(self.batch_size)
 
 
 def _capped_sizes(rows: SourceRows, cap: int | None, cap_by: CapBy) -> np.ndarray:

@@ -133,7 +133,7 @@ class SourceRows:
         return self._text_numbers[: len(self)]
 
     def query_and_positive(self, row_T: np.ndarray, share_T: np.ndarray) -> np.ndarray:
-        """Int64 [T, 2]: the numbers of the query and of the positive at a share (0 <= share < 1) of the row's list."""
+        """Integers [T, 2]: numbers of the query and of the positive at a share (0 <= share < 1) of the row's list."""
         start_N, count_N = self._positive_spans
         place_T = start_N[row_T] + (share_T * count_N[row_T]).astype(np.int64)
         return np.stack((self.query_number[row_T], self._text_numbers[place_T]), axis=1)
@@ -259,7 +259,7 @@ class NumberedRows(SourceRows):
 
     def query_and_positive(self, row_T: np.ndarray, share_T: np.ndarray) -> np.ndarray:
         positive_T = self.store.pick("positives", self.row_N[row_T], share_T)
-        return np.stack((self.query_number[row_T], positive_T), axis=1).astype(np.int64)
+        return np.stack((self.query_number[row_T], positive_T), axis=1)
 
     def query_keys(self) -> np.ndarray:
         return self.store.column("query_key", self.row_N)
@@ -353,7 +353,7 @@ def _queries_by_chance(rows: SourceRows, seed: int) -> Iterator[list[int]]:
 
     The hash of the text goes through the finaliser of SplitMix64 (Steele et al. 2014), which is one to one.
     """
-    key_N = rows.query_keys() + generator(seed, "hold out").integers(2**64, dtype=np.uint64)
+    key_N = rows.query_keys() + generator(seed, "held out").integers(2**64, dtype=np.uint64)
     key_N = (key_N ^ (key_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     key_N = (key_N ^ (key_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     key_N ^= key_N >> np.uint64(31)

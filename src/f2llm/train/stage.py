@@ -174,8 +174,8 @@ def check_prompts(store: TokenStore, sources: list[Source], instructions: bool, 
         stored = store.header.prefixes.get(source.name, "")
         if wanted and wanted != stored:
             raise UsageError(
-                f"{store.folder} has the queries of {source.name} behind {stored!r:.60}, but training puts {wanted!r:.60} "
-                "before them; tokenise the rows with 'instructions' and the model's template, or train without."
+                f"{store.folder} has the queries of {source.name} behind the prompt {stored!r:.60}, expected "
+                f"{wanted!r:.60}; tokenise the rows with 'instructions' and the model's template, or train without."
             )
 
 
