@@ -32,62 +32,32 @@ LETTERS = {
 LETTERS_A_WORD = {"zho": 2, "tha": 5}  # in scripts without spaces
 CODES = {"eng": "en", "rus": "ru"}  # that a file has, where they are not ours
 MOST_CHARACTERS = 2000  # of a text, beyond which the recipe's cleaning drops it
-RECORD = {"title": "T", "task": "test", "licence": "CC0-1.0"}
-RECORDS: dict[str, list[dict[str, Any]]] = {
-    "labelled.yml": [
-        {
-            "name": "mood",
-            "format": "classification",
-            "symmetric": False,
-            "instruction": "Say whether this is cheerful",
-            "files": ["mood.csv"],
-            "label_names": {"0": "gloomy", "1": "cheerful"},
-        },
-        {
-            "name": "topics",
-            "format": "clustering",
-            "symmetric": True,
-            "instruction": "Find texts about the same topic",
-            "languages": ["zho"],
-            "files": ["topics.tsv"],
-        },
-    ],
-    "pairs.yml": [
-        {
-            "name": "faq",
-            "format": "retrieval",
-            "symmetric": False,
-            "instruction": "Find the answer to this question",
-            "files": ["faq/*"],
-            "columns": {"query": "question", "positive": "answers", "negatives": "wrong"},
-        },
-        {
-            "name": "across",
-            "format": "retrieval",
-            "symmetric": False,
-            "instruction": "Find the answer in the other language",
-            "files": ["across.parquet"],
-        },
-        {
-            "name": "verses",
-            "format": "retrieval",
-            "layout": "parallel",
-            "symmetric": True,
-            "instruction": "Find the same verse in the other language",
-            "files": ["verses.parquet"],
-        },
-        {
-            "name": "alike",
-            "format": "retrieval",
-            "layout": "sts",
-            "at_least": 4,
-            "symmetric": True,
-            "instruction": "Find a sentence that means the same",
-            "languages": ["fra"],
-            "files": ["alike.json"],
-        },
-    ],
+DEFAULTS = "defaults: {title: T, task: test, licence: CC0-1.0}\n"
+RECORDS = {
+    "labelled.yml": """\
+sources:
+  - {name: mood, format: classification, symmetric: false, instruction: Say whether this is cheerful,
+     files: [mood.csv], label_names: {"0": gloomy, "1": cheerful}}
+  - {name: topics, format: clustering, symmetric: true, instruction: Find texts about the same topic,
+     files: [topics.tsv], languages: [zho]}
+""",
+    "pairs.yml": """\
+sources:
+  - {name: faq, format: retrieval, symmetric: false, instruction: Find the answer to this question,
+     files: [faq/*], columns: {query: question, positive: answers, negatives: wrong}}
+  - {name: across, format: retrieval, symmetric: false, instruction: Find the answer in the other language,
+     files: [across.parquet]}
+  - {name: verses, format: retrieval, layout: parallel, symmetric: true, instruction: Find the same verse,
+     files: [verses.parquet]}
+  - {name: alike, format: retrieval, layout: sts, at_least: 4, symmetric: true,
+     instruction: Find a sentence that means the same, files: [alike.json], languages: [fra]}
+""",
 }
+ONE_MORE = """\
+sources:
+  - {name: more, format: retrieval, symmetric: false, instruction: Find what answers this,
+     files: [more.jsonl], query_lang: swa, positive_lang: eng}
+"""
 
 
 class Fate(NamedTuple):
@@ -176,9 +146,9 @@ def make_corpus(folder: Path, seed: int = 0) -> Corpus:
     for name in ("records", "held_out", "data/faq"):
         (folder / name).mkdir(parents=True)
     questions = list(_questions(words))
-    write_lines(data / "faq" / "a.jsonl", corpus.add("faq", questions))
+    _write_lines(data / "faq" / "a.jsonl", corpus.add("faq", questions))
     more = [*_repeats(words, questions), *_held_out(words, corpus.tests), *_broken_questions(words)]
-    write_lines(data / "faq" / "b.jsonl.gz", corpus.add("faq", more))
+    _write_lines(data / "faq" / "b.jsonl.gz", corpus.add("faq", more))
     _write_parquet(data / "across.parquet", corpus.add("across", list(_across(words, questions[0].row))))
     _write_table(data / "topics.tsv", ["text", "label"], corpus.add("topics", _topics(words, corpus.tests)))
     _write_table(data / "mood.csv", ["text", "label", "lang"], corpus.add("mood", _moods(words)))
@@ -188,12 +158,21 @@ def make_corpus(folder: Path, seed: int = 0) -> Corpus:
     corpus.records["verses"] = len(verses)
     corpus.rows += _pairs_of(verses)
     for name, sources in RECORDS.items():
-        (folder / "records" / name).write_text(json.dumps({"defaults": RECORD, "sources": sources}))
-    write_lines(
+        (folder / "records" / name).write_text(DEFAULTS + sources)
+    _write_lines(
         folder / "held_out" / "questions.jsonl", [{"question": one} for one in corpus.tests["questions"]]
     )
     (folder / "held_out" / "sentences.txt").write_text("\n".join(corpus.tests["sentences"]) + "\n")
     return corpus
+
+
+def add_source(folder: Path) -> None:
+    """Make a folder with the record of one more source and the file of its 12 rows."""
+    folder.mkdir()
+    words = Words(1)
+    rows = [{"query": words.text("swa"), "positive": words.text("eng")} for _ in range(12)]
+    _write_lines(folder / "more.jsonl", rows)
+    (folder / "more.yml").write_text(DEFAULTS + ONE_MORE)
 
 
 # --- Questions and answers: JSONL, two files, one of them packed
@@ -377,7 +356,7 @@ def _pairs_of(verses: Sequence[dict[str, str]]) -> Iterator[Planned]:
 # --- Files
 
 
-def write_lines(path: Path, records: Sequence[Any]) -> None:
+def _write_lines(path: Path, records: Sequence[Any]) -> None:
     """JSONL, packed if its name says so; a text goes in as it is."""
     lines = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in records]
     content = "".join(f"{line}\n" for line in lines).encode()

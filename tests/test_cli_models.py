@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from f2llm.model.folder import Model, load_model, save_model
+from f2llm.model.folder import Model, load_model, model_size, save_model
 
 MakeModel = Callable[..., Model]
 
@@ -37,3 +37,18 @@ def test_merge_needs_numbers_for_weights(make_model: MakeModel, tmp_path: Path) 
     done = f2llm("merge", *folders, "--out", tmp_path / "out", "--weights", "3,1")
     assert done.returncode == 0, done.stderr
     assert load_model(tmp_path / "out").facts.identity[:16] in done.stdout
+
+
+def test_prune_to_a_budget_shows_what_else_there_was(
+    make_model: MakeModel, rows_folder: Path, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "model", make_model())
+    whole = model_size(load_model(tmp_path / "model").decoder)
+    arguments = ("prune", tmp_path / "model", tmp_path / "out", "--calibration", rows_folder)
+    for wrong, message in (("much", "--params is 'much'"), ("1B", "")):
+        refused = f2llm(*arguments, "--params", wrong)
+        assert (refused.returncode, message in refused.stderr) == (2, True)
+    done = f2llm(*arguments, "--layers", "1", "--heads", "2")
+    assert done.returncode == 0, done.stderr
+    small = model_size(load_model(tmp_path / "out").decoder)
+    assert small < whole and f"{small:,}" in done.stdout

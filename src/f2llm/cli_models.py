@@ -1,5 +1,6 @@
-"""Verbs that make models out of models: trim, merge."""
+"""Verbs that make models out of models: prune, trim, merge."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,66 @@ app = typer.Typer(rich_markup_mode=None)
 
 Model = Annotated[str, typer.Argument(help="A model's folder, or owner/name on the hub.")]
 Out = Annotated[Path, typer.Argument(help="The folder of the new model.")]
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    calibration: Annotated[
+        list[Path],
+        typer.Option(
+            help="A folder of rows (a stage's output) or your own file of them; may be given again."
+        ),
+    ],
+    size: Annotated[str | None, typer.Option(help="80M, 160M, 330M: the shape of that size.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="A budget, 250M or 1.2B: the nearest shape that shrinks evenly.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Hidden width.")] = None,
+    intermediate: Annotated[int | None, typer.Option(min=1, help="MLP width.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads; they go in groups.")] = None,
+    score: Annotated[
+        Literal["activation", "taylor"], typer.Option(help="What tells the units that matter.")
+    ] = "activation",
+    depth: Annotated[
+        Literal["first", "change"], typer.Option(help="Keep the first layers, or those that change most.")
+    ] = "first",
+    seed: Annotated[int, typer.Option(help="Of the calibration rows that are drawn.")] = 0,
+) -> None:
+    """Cut a smaller model out of a larger one, a layer in memory at a time."""
+    from f2llm.compress.prune import prune_model
+
+    _fresh(out)
+    result = prune_model(
+        model,
+        out,
+        calibration=calibration,
+        size=size,
+        parameters=_count(params) if params else None,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        layers=layers,
+        heads=heads,
+        score=score,
+        depth=depth,
+        seed=seed,
+    )
+    table = _table("the shape, and others of about this size" if result.others else "the shape")
+    for heading in ("parameters", "hidden", "MLP", "layers", "heads"):
+        table.add_column(heading, justify="right")
+    for candidate in (result.shape, *result.others):
+        shape = candidate.config
+        widths = (
+            shape.hidden_size,
+            shape.intermediate_size,
+            shape.num_hidden_layers,
+            shape.num_attention_heads,
+        )
+        table.add_row(f"{candidate.parameters:,}", *map(str, widths))
+    Console(highlight=False).print(table)
+    typer.echo(f"{out}, identity {result.facts.identity[:16]}")
 
 
 @app.command()
@@ -82,6 +143,14 @@ def merge(
         raise UsageError(f"--weights is {weights!r}; expected numbers with commas between: 2,1,1.") from None
     facts = merge_models(models, out, method=method, weights=shares, base=base)
     typer.echo(f"{len(models)} models merged: {out}, identity {facts.identity[:16]}")
+
+
+def _count(text: str) -> int:
+    """250M -> 250,000,000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper())
+    if not found:
+        raise UsageError(f"--params is {text!r}; expected a number such as 250M or 1.2B.")
+    return round(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
 def _fresh(out: Path) -> None:

@@ -42,18 +42,52 @@ class Engine:
         return self.workers or len(os.sched_getaffinity(0))
 
 
+class _Block:
+    """What one `using` block has started: worker processes, a Ray of its own. The next call works with these too."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.pool: ProcessPoolExecutor | None = None
+        self.ray: Any = None
+
+    def workers(self) -> ProcessPoolExecutor:
+        if self.pool is None:
+            # Processes are started anew: a fork of one with threads (torch's, arrow's) may wait for a lock for ever.
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.engine.at_once, context, initializer=_begin_worker)
+        return self.pool
+
+    def stop_workers(self) -> None:
+        """End them at once, and with them what is still to be done: nobody waits for it."""
+        pool, self.pool = self.pool, None
+        # From Python 3.14 on this is `pool.terminate_workers()`.
+        if pool:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown()
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
+        if self.ray:
+            self.ray.shutdown()
+
+
 LOCAL = Engine()
-_engine: ContextVar[Engine] = ContextVar("engine", default=LOCAL)
+_block: ContextVar[_Block] = ContextVar("block")
 
 
 @contextmanager
-def using(engine: Engine) -> Iterator[None]:
-    """Let `map_items` in this block work on `engine`."""
-    token = _engine.set(engine)
+def using(engine: Engine | None = None) -> Iterator[None]:
+    """Let `map_items` in this block work on `engine`, the one around it by default; workers end with the block."""
+    outer = _block.get(None)
+    block = _Block(engine or (outer.engine if outer else LOCAL))
+    token = _block.set(block)
     try:
         yield
     finally:
-        _engine.reset(token)
+        _block.reset(token)
+        block.close()
 
 
 def map_items(
@@ -69,46 +103,43 @@ def map_items(
         F2Error: that of the first item to fail; a worker was killed; in a worker, a mistake of ours, whose traceback
             is the error's note.
     """
-    engine = _engine.get()
-    one_by_one = not items or (engine.kind == "local" and (engine.at_once == 1 or len(items) < 2))
-    results = map(function, items) if one_by_one else ENGINES[engine.kind](function, items, engine)
-    with progress(total=len(items), what=what, unit=unit) as bar:
-        for result in results:
-            yield result
-            bar.advance()
-
-
-def _local(function: Callable[[Any], Any], items: Sequence[Any], engine: Engine) -> Iterator[Any]:
-    # Processes are started anew: a fork of one with threads (torch's, arrow's) may wait for a lock for ever.
-    context = multiprocessing.get_context("spawn")
-    workers = min(engine.at_once, len(items))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
-        rest = iter(items)
-        running: deque[Future[Any]] = deque()
-        try:
-            running.extend(pool.submit(_attempt, function, item) for item in islice(rest, 2 * workers))
-            while running:
-                result, error = running.popleft().result()
-                if error:
-                    raise error
+    block = _block.get(None) or _Block(LOCAL)
+    local = block.engine.kind == "local"
+    one_by_one = not items or (local and (block.engine.at_once == 1 or len(items) < 2))
+    results = map(function, items) if one_by_one else ENGINES[block.engine.kind](function, items, block)
+    try:
+        with progress(total=len(items), what=what, unit=unit) as bar:
+            for result in results:
                 yield result
-                running.extend(pool.submit(_attempt, function, item) for item in islice(rest, 1))
-        except BrokenProcessPool:
-            _stop(pool)
-            raise F2Error(
-                f"a worker process of {_name(function)} was killed, perhaps for want of memory; "
-                "start again with fewer workers, what is done is kept."
-            ) from None
-        except BaseException:  # an interrupt too, and a caller who wants no more
-            _stop(pool)
-            raise
+                bar.advance()
+    finally:
+        if block is not _block.get(None):
+            block.close()
 
 
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once, and with them what is still to be done: nobody waits for it."""
-    # From Python 3.14 on this is `pool.terminate_workers()`.
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
+def _local(function: Callable[[Any], Any], items: Sequence[Any], block: _Block) -> Iterator[Any]:
+    pool = block.workers()
+    rest = iter(items)
+    running: deque[Future[Any]] = deque()
+    try:
+        running.extend(
+            pool.submit(_attempt, function, item) for item in islice(rest, 2 * block.engine.at_once)
+        )
+        while running:
+            result, error = running.popleft().result()
+            if error:
+                raise error
+            yield result
+            running.extend(pool.submit(_attempt, function, item) for item in islice(rest, 1))
+    except BrokenProcessPool:
+        block.stop_workers()
+        raise F2Error(
+            f"a worker process of {_name(function)} was killed, perhaps for want of memory; "
+            "start again with fewer workers, what is done is kept."
+        ) from None
+    except BaseException:  # an interrupt too, and a caller who wants no more
+        block.stop_workers()
+        raise
 
 
 def _begin_worker() -> None:
@@ -143,7 +174,7 @@ def _name(function: Callable[[Any], Any]) -> str:
     return str(getattr(function, "__name__", function))
 
 
-def _ray(function: Callable[[Any], Any], items: Sequence[Any], engine: Engine) -> Iterator[Any]:
+def _ray(function: Callable[[Any], Any], items: Sequence[Any], block: _Block) -> Iterator[Any]:
     """Ray Data: on the cluster that RAY_ADDRESS names, or on this machine; all machines must see the same files."""
     try:
         import ray
@@ -151,31 +182,27 @@ def _ray(function: Callable[[Any], Any], items: Sequence[Any], engine: Engine) -
     except ImportError:
         raise UsageError("the engine 'ray' needs ray; install it with pip install 'f2llm[ray]'.") from None
 
-    started = not ray.is_initialized()
-    if started:
+    if not ray.is_initialized():
         on_cluster = "RAY_ADDRESS" in os.environ
         ray.init(
-            num_cpus=None if on_cluster else engine.at_once,
+            num_cpus=None if on_cluster else block.engine.at_once,
             include_dashboard=None if on_cluster else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    try:
-        context = DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.print_on_execution_start = False
-        context.enable_progress_bars = False  # ours is shown
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        calls = [{"call": pickle.dumps((function, item))} for item in items]
-        results = ray.data.from_items(calls, override_num_blocks=len(calls)).map(_answer_call)
-        for row in results.iter_rows():
-            result, error = pickle.loads(row["result"])
-            if error:
-                raise error
-            yield result
-    finally:
-        if started:
-            ray.shutdown()
+        block.ray = ray
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.print_on_execution_start = False
+    context.enable_progress_bars = False  # ours is shown
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    calls = [{"call": pickle.dumps((function, item))} for item in items]
+    results = ray.data.from_items(calls, override_num_blocks=len(calls)).map(_answer_call)
+    for row in results.iter_rows():
+        result, error = pickle.loads(row["result"])
+        if error:
+            raise error
+        yield result
 
 
 def _answer_call(row: dict[str, Any]) -> dict[str, bytes]:

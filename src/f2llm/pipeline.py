@@ -7,9 +7,9 @@ For each stage, in the order of the recipe:
 4. Anything else in the way is an older result and is emptied.
 5. The stage writes its files; then the manifest is written, last, and makes the folder complete.
 
-Since a fingerprint holds the contents of the inputs, not their age, a change redoes just what depends on it. A training
-run that was interrupted is not emptied for a change: its checkpoints say what it began with, and it refuses to go on
-with anything else (`force` overrides).
+Since a fingerprint holds the contents of the inputs, not their age, a change redoes just what depends on it. A token
+store keeps its parts where data is added behind what it has. A training run that was interrupted is not emptied for a
+change: its checkpoints say what it began with, and it refuses to go on with anything else (`force` overrides).
 
 Under torchrun rank 0 does all this. The other ranks wait for it to call them to a training stage (`_follow`).
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm import __version__
+from f2llm.engine import using
 from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.files import alone_in, read_json, sha256_file, sha256_folder, write_json, write_text
 from f2llm.progress import say
@@ -57,6 +58,7 @@ NOT_CONTENT = (
     "tensorboard",
 )  # a log tells times, never the same twice
 LIBRARIES = ("torch", "numpy", "tokenizers", "babel")
+GROWING = ("tokenise",)  # stages that keep what they made of their data where more comes behind it
 DATA_OF = {"names": "babel"}  # stages whose result is what a library holds: a new version is new data
 
 
@@ -143,12 +145,14 @@ def _finish(name: str, config: Stage, given: Inputs, out: Path, context: Context
     decides = {library: versions[library] for library in ("f2llm", DATA_OF.get(config.stage, "f2llm"))}
     fingerprint = hashlib.sha256(canonical_json(identity | decides)).hexdigest()
     if content := _content_if_done(name, out, fingerprint):
+        (out / STARTED).unlink(missing_ok=True)  # of a run that was killed just before it did so
         say(f"{name}: done already")
         return content
     with plain_errors(f"stage {name!r}", out):
-        spent = _open_folder(name, out, fingerprint)
+        spent = _open_folder(name, out, fingerprint, _is_beginning(out, {**identity, "versions": versions}))
         began = time.monotonic()
-        facts = STAGES[config.stage](config, given, out, context)
+        with using():  # a stage's workers end with it
+            facts = STAGES[config.stage](config, given, out, context)
         seconds = spent + time.monotonic() - began
         content = content_hash(out)
         manifest = {
@@ -171,10 +175,7 @@ def _finish(name: str, config: Stage, given: Inputs, out: Path, context: Context
 def _content_if_done(name: str, out: Path, fingerprint: str) -> str | None:
     """The content hash of a stage that is complete, unchanged and undamaged."""
     manifest = _read_if_there(out / MANIFEST)
-    if manifest is None:
-        return None
-    if manifest.get("fingerprint") != fingerprint:
-        say(f"{name}: made again, since its recipe or its inputs changed")
+    if manifest is None or manifest.get("fingerprint") != fingerprint:
         return None
     content = content_hash(out)
     if content != manifest.get("content"):
@@ -183,8 +184,25 @@ def _content_if_done(name: str, out: Path, fingerprint: str) -> str | None:
     return content
 
 
-def _open_folder(name: str, out: Path, fingerprint: str) -> float:
-    """Ready `out` for work, keeping what an interrupted start of the same work left; the seconds that took."""
+def _is_beginning(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` has the undamaged result of a growing stage for the first of its data, all else being equal."""
+    manifest = _read_if_there(out / MANIFEST)
+    if identity["stage"] not in GROWING or not manifest or not manifest.keys() >= identity.keys():
+        return False
+    config, inputs = identity["config"], identity["inputs"]
+    first = config["data"][: len(manifest["config"]["data"])]
+    read = {name: inputs.get(name) for name in manifest["inputs"]}
+    before = {**identity, "config": {**config, "data": first}, "inputs": read}
+    equal = all(manifest[name] == before[name] for name in before)
+    return equal and first != config["data"] and content_hash(out) == manifest["content"]
+
+
+def _open_folder(name: str, out: Path, fingerprint: str, is_beginning: bool) -> float:
+    """Ready `out` for work, keeping what is a part of it; the seconds that an interrupted start of the same work took.
+
+    Args:
+        is_beginning: it holds a complete result that the work goes on from.
+    """
     discarded = out.with_name(f".{out.name}.old")
     shutil.rmtree(discarded, ignore_errors=True)  # of a run killed while it emptied the folder
     manifest, started = _read_if_there(out / MANIFEST), _read_if_there(out / STARTED) or {}
@@ -193,9 +211,13 @@ def _open_folder(name: str, out: Path, fingerprint: str) -> float:
     if interrupted and (started["fingerprint"] == fingerprint or any(out.glob("checkpoints/step-*"))):
         spent = started["seconds_spent"] + _seconds_of_work(out)
         for leftover in out.rglob(".*.tmp"):  # of files being written when it was killed
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # or by a worker that outlives it by a moment
         say(f"{name}: going on after {spent:,.1f} s")
+    elif is_beginning:
+        say(f"{name}: going on with more data")
     elif out.exists():
+        if manifest is not None and manifest.get("fingerprint") != fingerprint:
+            say(f"{name}: made again, since its recipe or its inputs changed")
         ours = "fingerprint" in (manifest or started)
         if not ours and any(not path.match(".*.tmp") for path in out.iterdir()):
             raise F2Error(
@@ -206,6 +228,7 @@ def _open_folder(name: str, out: Path, fingerprint: str) -> float:
         shutil.rmtree(discarded)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / STARTED, {"fingerprint": fingerprint, "seconds_spent": spent})
+    (out / MANIFEST).unlink(missing_ok=True)  # not before, or nothing would say whose folder this is
     return spent
 
 

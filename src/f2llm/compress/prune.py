@@ -1,162 +1,243 @@
 """Pruning: a smaller model cut out of a larger one (arXiv 2603.19223, section 3.3).
 
-Hidden and MLP width keep the units with the largest activation norms on calibration texts; depth keeps the first
-layers; attention heads stay. Kept indices stay in ascending order, so the Matryoshka order of dimensions survives.
+calibration texts -> scores of units, heads and layers (`layerwise`) -> what is kept -> a new model folder, tensor by
+tensor. Neither the old model nor the new one is ever in memory as a whole. Kept indices stay in ascending order, so
+the Matryoshka order of dimensions survives; the same hidden units are kept everywhere, MLP units and heads layer by
+layer.
 
-Shape suffixes: T tokens, E hidden width, I MLP width.
+Shape suffixes: B rows, N texts, E hidden width, I MLP width.
 """
 
-from collections import defaultdict
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import pyarrow.compute as pc
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from f2llm.compress.calibration import Row, draw_rows
+from f2llm.compress.cutting import Kept, cut_config, cut_shapes, cut_tensor, kept_of_the_uncut, strongest
+from f2llm.compress.layerwise import (
+    TOKENS_AT_ONCE,
+    Loss,
+    Score,
+    Scores,
+    activation_scores,
+    taylor_scores,
+)
+from f2llm.compress.shapes import CLOSE, Candidate, parameters_of, shapes_to_cut, smaller
 from f2llm.data.parts import carry_decontamination
-from f2llm.data.rows import read_rows
 from f2llm.errors import UsageError
-from f2llm.model.base import load_base
-from f2llm.model.batches import forward
-from f2llm.model.decoder import Decoder, DecoderConfig
-from f2llm.model.folder import Model, ModelFacts, model_size, save_model
-from f2llm.progress import progress
+from f2llm.files import sync_folder
+from f2llm.model.base import Base, read_base
+from f2llm.model.decoder import DecoderConfig
+from f2llm.model.folder import WEIGHTS, ModelFacts, complete_folder, open_weights
+from f2llm.model.tensor_files import TensorFiles, write_tensors
+from f2llm.model.tokenizer import encode
+from f2llm.progress import say
 from f2llm.recipe import PruneStage
-from f2llm.rng import generator
-from f2llm.train.objective import matryoshka_sizes
-from f2llm.train.terms import token_ids
+from f2llm.train.objective import NONE, TEMPERATURE, Roles, contrastive_terms, matryoshka_sizes
 
-TEXTS_AT_ONCE = 64  # so that memory does not grow with the number of calibration texts
+Depth = Literal["first", "change"]
+CALIBRATION_TEXTS: dict[Score, int] = {"activation": 1000, "taylor": 256}  # by default
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came of a model."""
+
+    facts: ModelFacts
+    shape: Candidate
+    others: list[Candidate]  # shapes that would have been as near to the budget, the better first
+
+
+def prune_model(
+    source: str | Path,
+    out: Path,
+    *,
+    calibration: Sequence[Path],
+    size: str | None = None,
+    parameters: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    score: Score = "activation",
+    depth: Depth = "first",
+    calibration_texts: int | None = None,
+    seed: int = 0,
+) -> Pruned:
+    """Write the folder of a smaller model; it is there when it is complete, and not before.
+
+    Args:
+        source: as `load_base` takes it; bf16 and several files are no matter.
+        out: a folder that is not there yet, or is empty.
+        calibration: folders of rows or files of texts, as `draw_rows` takes them; with positives for "taylor".
+        size, parameters, hidden_size, intermediate_size, layers, heads: as `shapes_to_cut` takes them.
+        score: how units and heads are compared (`layerwise`).
+        depth: keep the "first" layers, as in the paper, or those that "change" a token's direction most.
+        calibration_texts: texts, or for "taylor" pairs of them, to measure on; by default CALIBRATION_TEXTS.
+            Of each the first TOKENS_AT_ONCE tokens count.
+
+    Raises:
+        UsageError: a shape that the model does not have, no texts to measure on, or an `out` that is in the way.
+        F2Error: a base that our decoder cannot compute, or too little room for hidden states beside `out`.
+    """
+    _check_choices(score, depth, calibration_texts)
+    with _complete_or_not_there(out) as folder:
+        base = read_base(source)
+        shape, *others = shapes_to_cut(
+            base.config,
+            size=size,
+            parameters=parameters,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layers=layers,
+            heads=heads,
+        )
+        if parameters and abs(shape.parameters - parameters) > CLOSE * parameters:
+            say(f"no shape has about {parameters:,} parameters; the nearest has {shape.parameters:,}.")
+        count = calibration_texts or CALIBRATION_TEXTS[score]
+        rows = draw_rows(calibration, count, seed, answered=score == "taylor")
+        facts = _prune(base, shape.config, rows, score, depth, folder, recipe_hash=None)
+    return Pruned(facts, shape, others)
 
 
 def prune_stage(
     config: PruneStage, *, model: Path, data: Path, out: Path, seed: int, recipe_hash: str
 ) -> dict[str, Any]:
     """Cut the model to the recipe's shape and leave a model folder in `out`."""
-    parent = load_base(model)
-    if config.layers > (layers := parent.decoder.config.num_hidden_layers):
-        raise UsageError(f"{config.layers} layers were asked for, but {model} has {layers}; ask for less.")
-    table, _ = read_rows(data)
-    texts = sorted(pc.unique(table["query"]).to_pylist())
-    chosen = generator(seed, "calibration").permutation(len(texts))[: config.calibration_texts]
-    hidden_E, mlp_I = importance(parent, [texts[i] for i in chosen])
-    kept_E = strongest(hidden_E, config.hidden_size)
-    decoder = cut(
-        parent.decoder, kept_E, [strongest(m, config.intermediate_size) for m in mlp_I[: config.layers]]
+    base = read_base(model)
+    shape = smaller(
+        base.config,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        layers=config.layers,
+        heads=config.heads,
     )
-    nested = len(parent.facts.matryoshka_sizes) > 1
+    rows = draw_rows([data], config.calibration_texts, seed, answered=config.score == "taylor")
+    out.mkdir(parents=True, exist_ok=True)
+    facts = _prune(base, shape, rows, config.score, config.depth, out, recipe_hash)
+    return {"parameters": parameters_of(shape), "identity": facts.identity}
+
+
+def _check_choices(score: Score, depth: Depth, calibration_texts: int | None) -> None:
+    for what, value, expected in (("score", score, get_args(Score)), ("depth", depth, get_args(Depth))):
+        if value not in expected:
+            raise UsageError(f"{what} is {value!r}; expected {' or '.join(map(repr, expected))}.")
+    if calibration_texts is not None and calibration_texts < 1:
+        raise UsageError(f"calibration_texts is {calibration_texts}; give a number above 0.")
+
+
+def _prune(
+    base: Base,
+    shape: DecoderConfig,
+    rows: Sequence[Row],
+    score: Score,
+    depth: Depth,
+    out: Path,
+    recipe_hash: str | None,
+) -> ModelFacts:
+    with open_weights(base.folder, base.config) as weights:
+        kept = _choose(_measure(base, weights, rows, score, out), shape, depth)
+        config = cut_config(base.config, kept)
+        write_tensors(out / WEIGHTS, cut_shapes(config), partial(cut_tensor, weights, base.config, kept))
+    nested = len(base.facts.matryoshka_sizes) > 1
     facts = ModelFacts(
-        eos_id=parent.facts.eos_id,
-        max_length=parent.facts.max_length,
+        eos_id=base.facts.eos_id,
+        max_length=base.facts.max_length,
         matryoshka_sizes=matryoshka_sizes(config.hidden_size) if nested else [config.hidden_size],
-        instruction=parent.facts.instruction,
-        template=parent.facts.template,
-        parent=parent.facts.identity,
+        instruction=base.facts.instruction,
+        template=base.facts.template,
+        parent=base.facts.identity,
         recipe=recipe_hash,
-        kept=_kept_of_the_uncut(parent, kept_E),
+        kept=kept_of_the_uncut(base.facts, base.config, kept),
     )
-    carry_decontamination([model], out)
-    facts = save_model(out, Model(decoder, parent.tokenizer, facts))
-    return {"parameters": model_size(decoder), "identity": facts.identity}
+    carry_decontamination([base.folder], out)
+    return complete_folder(out, config, base.tokenizer, facts)
 
 
-def _kept_of_the_uncut(parent: Model, kept_E: Tensor) -> dict[str, Any]:
-    """The model that nothing was cut from yet, and the numbers that the kept units have in it."""
-    width = parent.decoder.config.hidden_size
-    uncut = parent.facts.kept or {"of": parent.facts.identity, "hidden": list(range(width))}
-    return {"of": uncut["of"], "hidden": [uncut["hidden"][unit] for unit in kept_E.tolist()]}
+# --- Choosing
 
 
-@torch.no_grad()
-def importance(model: Model, texts: list[str]) -> tuple[Tensor, list[Tensor]]:
-    """L2 norm of each unit's activation over all tokens of `texts`.
+def _choose(scores: Scores, shape: DecoderConfig, depth: Depth) -> Kept:
+    count = shape.num_hidden_layers
+    layers = strongest(scores.change, count).tolist() if depth == "change" else list(range(count))
+    return Kept(
+        hidden_E=strongest(scores.hidden_E, shape.hidden_size),
+        layers=layers,
+        mlp=[strongest(scores.mlp[layer], shape.intermediate_size) for layer in layers],
+        groups=[strongest(scores.groups[layer], shape.num_key_value_heads) for layer in layers],
+    )
 
-    Returns:
-        hidden units [E]: outputs of all norms in front of attention and MLP, added up over layers; and per layer
-        the MLP units [I]: what enters the down projection. The last layer's MLP sees final tokens only.
+
+def _measure(base: Base, weights: TensorFiles, rows: Sequence[Row], score: Score, folder: Path) -> Scores:
+    """Scores on the rows' queries, or for "taylor" of a loss of queries and positives; texts as they are, no prompt."""
+    texts = [row.query for row in rows]
+    if score == "taylor":
+        texts += [row.positives[0] for row in rows]
+    ids = encode(
+        base.tokenizer,
+        texts,
+        eos_id=base.facts.eos_id,
+        max_length=min(base.facts.max_length, TOKENS_AT_ONCE),
+        too_long="truncate",
+    )
+    if score == "activation":
+        return activation_scores(weights, base.config, ids, folder)
+    return taylor_scores(
+        weights, base.config, ids, contrastive_loss(rows, base.facts.matryoshka_sizes), folder
+    )
+
+
+def contrastive_loss(rows: Sequence[Row], sizes: list[int]) -> Loss:
+    """The in-batch loss of training over the queries and, behind them, the first positives of all rows: [2 B, E].
+
+    Another row's positive is no negative where it is known to be right: by the text, or by the label.
     """
-    squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-    handles = []
+    if len(rows) < 2:
+        raise UsageError("the score 'taylor' needs two or more rows with positives, got 1; give more rows.")
+    positives = [row.positives[0] for row in rows]
+    same = [
+        [
+            text in row.positives or (row.label is not None and row.label == other.label)
+            for text, other in zip(positives, rows, strict=True)
+        ]
+        for row in rows
+    ]
+    query_B = torch.arange(len(rows))
+    roles = Roles(
+        query_B,
+        query_B + len(rows),
+        negative_BK=torch.full((len(rows), 0), NONE),
+        same_BB=torch.tensor(same),
+        known_P2=torch.zeros(0, 2, dtype=torch.int64),
+        in_batch=True,
+    )
 
-    def watch(module: nn.Module, name: str, *, inputs: bool) -> None:
-        def record(_module: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
-            squares[name] = squares[name] + (given[0] if inputs else out).float().pow(2).sum(0)
+    def loss_of(vectors_NE: Tensor) -> Tensor:
+        return contrastive_terms(vectors_NE, roles, sizes, torch.tensor(TEMPERATURE))["in_batch"]
 
-        handles.append(module.register_forward_hook(record))
+    return loss_of
 
-    for name, module in model.decoder.named_modules():
-        if name.endswith("layernorm"):
-            watch(module, "hidden", inputs=False)
-        elif name.endswith("down_proj"):
-            watch(module, name, inputs=True)
+
+@contextmanager
+def _complete_or_not_there(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which takes its name in the end."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out} is there already; remove it, or name another folder.")
+    folder = out.with_name(f".{out.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
     try:
-        with progress(total=len(texts), what="measure activations", unit="text") as bar:
-            for start in range(0, len(texts), TEXTS_AT_ONCE):
-                part = texts[start : start + TEXTS_AT_ONCE]
-                forward(model.decoder, token_ids(model, part, model.facts.max_length))
-                bar.advance(len(part))
-    finally:
-        for handle in handles:
-            handle.remove()
-    hidden_E = squares.pop("hidden").sqrt()
-    return hidden_E, [square_I.sqrt() for square_I in squares.values()]  # layers in their order
-
-
-def strongest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, ascending."""
-    if not 1 <= count <= len(scores):
-        raise UsageError(
-            f"a width of {count} was asked for, but the model has {len(scores)} units; ask for less."
-        )
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def cut(decoder: Decoder, kept_E: Tensor, kept_I: list[Tensor]) -> Decoder:
-    """The decoder of the kept hidden units and, one entry per kept layer, MLP units.
-
-    RMSNorm divides by the mean square over the width: a norm over E' of E units gets its weight times
-    sqrt(E / E'), and eps times E / E', so that removing units that are always zero changes nothing. (The query and
-    key norms keep their width; config.json has one eps for all norms, and theirs changes with it, by far less than
-    the mean square of what they divide.)
-    """
-    old = decoder.config
-    ratio = old.hidden_size / len(kept_E)
-    config = DecoderConfig(
-        vocab_size=old.vocab_size,
-        hidden_size=len(kept_E),
-        intermediate_size=len(kept_I[0]),
-        num_hidden_layers=len(kept_I),
-        num_attention_heads=old.num_attention_heads,
-        num_key_value_heads=old.num_key_value_heads,
-        head_dim=old.head_dim,
-        rms_norm_eps=old.rms_norm_eps * ratio,
-        rope_theta=old.rope_theta,
-        max_position_embeddings=old.max_position_embeddings,
-    )
-    small = Decoder(config).to(decoder.norm.weight.dtype)
-    source = decoder.state_dict()
-    with torch.no_grad():
-        for name, parameter in small.named_parameters():
-            rows, columns = _kept_of(name, kept_E, kept_I)
-            tensor = source[name] if rows is None else source[name].index_select(0, rows)
-            tensor = tensor if columns is None else tensor.index_select(1, columns)
-            parameter.copy_(tensor * ratio**0.5 if tensor.dim() == 1 and rows is not None else tensor)
-    return small.eval()
-
-
-def _kept_of(name: str, kept_E: Tensor, kept_I: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """Which rows and which columns of a parameter stay (None: all)."""
-    part = name.split(".")[-2]
-    if part == "embed_tokens":
-        return None, kept_E
-    if part in ("norm", "input_layernorm", "post_attention_layernorm"):
-        return kept_E, None
-    if part in ("q_proj", "k_proj", "v_proj"):
-        return None, kept_E
-    if part == "o_proj":
-        return kept_E, None
-    if part in ("q_norm", "k_norm"):
-        return None, None
-    units_I = kept_I[int(name.split(".")[1])]
-    return (kept_E, units_I) if part == "down_proj" else (units_I, kept_E)
+        yield folder
+        os.replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync_folder(out.parent)

@@ -102,6 +102,7 @@ def decontaminate_stage(config: DecontaminateStage, folders: Sequence[Path], out
     }
     carry_decontamination(folders, out, report)
     write_json(out / SAMPLES_FILE, _samples(out, judged_by))
+    built.unlink()  # first: what a kill leaves of the folder is then made anew
     shutil.rmtree(out / SHARDS)
     return {
         "rows": sum(source["kept"] for source in rows.values()),

@@ -6,6 +6,7 @@ differently. What no file tells of, `f2llm.model.sanity` looks for.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from f2llm.model.folder import (
     WEIGHTS_INDEX,
     Model,
     ModelFacts,
+    check_identity,
     identity_hash,
     load_decoder,
-    load_model,
+    open_weights,
+    read_config,
+    read_facts,
     weight_files,
 )
 from f2llm.model.prompts import TEMPLATE
@@ -52,6 +56,16 @@ MODULES = ("Transformer", "Pooling", "Normalize")
 TEMPLATES = (TEMPLATE, TEMPLATE.rstrip())
 
 
+@dataclass(frozen=True)
+class Base:
+    """A model to start from, but for its weights, which stay in its folder."""
+
+    folder: Path
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    facts: ModelFacts
+
+
 def load_base(source: str | Path) -> Model:
     """Read a model to train from: a folder of ours, another Qwen3 folder, or a model of the hub.
 
@@ -66,13 +80,22 @@ def load_base(source: str | Path) -> Model:
     architecture, attention to later tokens, another pooling than of the last token, further trained modules), that
     does not tell which token ends a text, or that is incomplete; UsageError if there is no such model.
     """
+    base = read_base(source)
+    return Model(load_decoder(base.folder), base.tokenizer, base.facts)
+
+
+def read_base(source: str | Path) -> Base:
+    """`load_base` without the weights, of which nothing but shapes and hashes is taken."""
     folder = model_folder(str(source))
     if (folder / FACTS).is_file():
-        return load_model(folder)
+        facts, config = read_facts(folder), read_config(folder)
+        check_identity(folder, facts, config)
+        return Base(folder, config, load_tokenizer(folder / "tokenizer.json"), facts)
     _refuse_other_attention(folder)
     _refuse_other_modules(folder)
-    decoder = load_decoder(folder)
-    config = decoder.config
+    config = read_config(folder)
+    with open_weights(folder, config):
+        pass  # what is missing or of another shape is told before anything else
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
         raise F2Error(
@@ -90,7 +113,7 @@ def load_base(source: str | Path) -> Model:
         template,
         identity=identity_hash(weight_files(folder), config, content, template),
     )
-    return Model(decoder, tokenizer, facts)
+    return Base(folder, config, tokenizer, facts)
 
 
 def model_folder(source: str) -> Path:

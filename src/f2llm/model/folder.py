@@ -8,7 +8,8 @@ and its recipe. Weights are read from safetensors only; pickles and code in a fo
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
-from torch import Tensor
 
 import f2llm
 from f2llm.errors import F2Error
 from f2llm.files import atomic_write, read_object, sha256_file, write_json, write_text
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json, config_to_json
 from f2llm.model.prompts import TEMPLATE, query_prefix
-from f2llm.model.tensor_files import open_tensors
+from f2llm.model.tensor_files import TensorFiles, check_shapes, open_tensors
 from f2llm.tokenizer_file import load_tokenizer
 
 SCHEMA_VERSION = 1
@@ -43,9 +43,8 @@ class ModelFacts:
     template: str = TEMPLATE
     parent: str | None = None  # identity of the model it was trained or cut from
     recipe: str | None = None  # hash of the recipe that made it
-    kept: dict[str, Any] | None = (
-        None  # where it was cut: identity of the uncut model, hidden units kept of it
-    )
+    kept: dict[str, Any] | None = None
+    """Where it was cut: identity of the uncut model, and what is kept of its hidden units, layers, MLP and heads."""
     merged: dict[str, Any] | None = (
         None  # where it was merged: the method, and identities and weights of models
     )
@@ -207,34 +206,28 @@ def read_config(folder: Path) -> DecoderConfig:
     return config_from_json(read_object(folder / "config.json"), f"{folder}/config.json")
 
 
+@contextmanager
+def open_weights(folder: Path, config: DecoderConfig) -> Iterator[TensorFiles]:
+    """The tensors of a folder, to be read one at a time; F2Error if they are not those that `config` calls for."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
+    with open_tensors(weight_files(folder)) as tensors:
+        check_shapes(tensors.shapes, expected, folder / WEIGHTS)
+        yield tensors
+
+
 def load_decoder(folder: Path) -> Decoder:
     """The decoder of any Qwen3 folder with safetensors, in float32 and evaluation mode.
 
     A language model's output head is left out.
     """
     config = read_config(folder)
-    with open_tensors(weight_files(folder)) as tensors:
+    with open_weights(folder, config) as tensors:
         state = {name: tensors.read(name) for name in tensors.shapes}
     with torch.device("meta"):
         decoder = Decoder(config)
-    _check_shapes(decoder.state_dict(), state, folder / WEIGHTS)
     decoder.load_state_dict(state, assign=True)
     return decoder.eval()
-
-
-def _check_shapes(expected: dict[str, Tensor], got: dict[str, Tensor], where: Path) -> None:
-    if missing := sorted(expected.keys() - got.keys()):
-        raise F2Error(f"{where} lacks {len(missing)} tensors, {missing[0]} first; copy the folder again.")
-    if surplus := sorted(got.keys() - expected.keys()):
-        raise F2Error(
-            f"{where} has {len(surplus)} tensors that config.json does not call for, {surplus[0]} first."
-        )
-    for name, tensor in expected.items():
-        if tensor.shape != got[name].shape:
-            raise F2Error(
-                f"{where}: {name} has shape {list(got[name].shape)}, config.json calls for {list(tensor.shape)}; "
-                "the files are not of the same model."
-            )
 
 
 def model_size(decoder: Decoder) -> int:

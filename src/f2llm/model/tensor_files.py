@@ -78,7 +78,7 @@ def open_tensors(files: Sequence[Path]) -> Iterator[TensorFiles]:
             try:
                 file = stack.enter_context(open(path, "rb", buffering=0))
                 places |= _places(path, file)
-            except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError) as error:
                 raise F2Error(f"{path} cannot be read ({error}); copy or make the folder again.") from None
         yield TensorFiles(places)
 
@@ -156,7 +156,7 @@ def _places(path: Path, file: IO[bytes]) -> dict[str, Place]:
 
 def _fill(tensor: Tensor, place: Place, start: int) -> None:
     """Read a contiguous tensor from byte `start` on."""
-    view = memoryview(tensor.flatten().view(torch.uint8).numpy())
+    view = tensor.flatten().view(torch.uint8).numpy().data
     done = 0
     while done < len(view):  # the system gives 2 GB at most
         got = os.preadv(place.file.fileno(), [view[done:]], start + done)

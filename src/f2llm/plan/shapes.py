@@ -63,16 +63,20 @@ class Shapes:
             ("hidden_size", stage.hidden_size, whole.hidden_size),
             ("intermediate_size", stage.intermediate_size, whole.intermediate_size),
             ("layers", stage.layers, whole.num_hidden_layers),
+            ("heads", stage.heads or 1, whole.num_attention_heads),
         ):
             if wanted > there:
                 raise UsageError(
                     f"{what} of stage {name!r} (prune) is {wanted}, but {stage.model} has {there}; ask for less."
                 )
+        heads = stage.heads or whole.num_attention_heads
         return replace(
             whole,
             hidden_size=stage.hidden_size,
             intermediate_size=stage.intermediate_size,
             num_hidden_layers=stage.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads * whole.num_key_value_heads // whole.num_attention_heads,
         )
 
     def tokenizer(self, name: str) -> Path | None:
