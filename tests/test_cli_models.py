@@ -52,3 +52,16 @@ def test_prune_to_a_budget_shows_what_else_there_was(
     assert done.returncode == 0, done.stderr
     small = model_size(load_model(tmp_path / "out").decoder)
     assert small < whole and f"{small:,}" in done.stdout
+
+
+def test_export_names_the_precisions_there_are(make_model: MakeModel, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", make_model())
+    arguments = ("export", tmp_path / "model", tmp_path / "out", "--to", "static")
+    refused = f2llm(*arguments, "--quantize", "q8_0")
+    assert (refused.returncode, "static has no precision 'q8_0'; expected one of f32" in refused.stderr) == (
+        2,
+        True,
+    )
+    done = f2llm(*arguments, "--dim", "8")
+    assert done.returncode == 0, done.stderr
+    assert "nDCG@10" in done.stdout and (tmp_path / "out" / "export.json").exists()

@@ -37,7 +37,7 @@ HEIGHTS = (
     {"data"},
     {"model"},
     {"train", "embed"},
-    {"compress", "evaluate", "mine", "search", "plan"},
+    {"compress", "evaluate", "mine", "search", "plan", "export"},
     {"synthetic"},
     {"summary", "stages"},
     {"pipeline", "doctor", "cli_data", "cli_models"},

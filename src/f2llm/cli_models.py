@@ -1,4 +1,4 @@
-"""Verbs that make models out of models: prune, trim, merge."""
+"""Verbs that make models out of models: prune, trim, merge, export."""
 
 import re
 from pathlib import Path
@@ -143,6 +143,32 @@ def merge(
         raise UsageError(f"--weights is {weights!r}; expected numbers with commas between: 2,1,1.") from None
     facts = merge_models(models, out, method=method, weights=shares, base=base)
     typer.echo(f"{len(models)} models merged: {out}, identity {facts.identity[:16]}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the export.")],
+    to: Annotated[
+        Literal["onnx", "openvino", "gguf", "static"],
+        typer.Option(help="ONNX Runtime, OpenVINO, llama.cpp, or a table of token vectors."),
+    ],
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="int8 (onnx, openvino), q8_0 (gguf), or f32 or f16 where there is a choice."),
+    ] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of the vectors; all by default.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="A file of texts to compare on; names of things by default.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="The column of a file of texts.")] = "text",
+) -> None:
+    """Write a model for another runtime, and compare its vectors there with the original's."""
+    from f2llm.data.user_files import iterate_texts
+    from f2llm.export.export import export_model
+
+    sample = list(iterate_texts(texts, text_column)) if texts else None
+    typer.echo(export_model(model, out, to, dim=dim, quantize=quantize, texts=sample).render())
 
 
 def _count(text: str) -> int:

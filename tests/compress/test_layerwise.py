@@ -15,8 +15,7 @@ from torch import Tensor
 from f2llm.compress import layerwise
 from f2llm.compress.layerwise import Scores, activation_scores, taylor_scores
 from f2llm.errors import F2Error
-from f2llm.model.base import open_weights
-from f2llm.model.folder import Model, read_config, save_model
+from f2llm.model.folder import Model, open_weights, read_config, save_model
 from f2llm.train.terms import token_ids
 
 MakeModel = Callable[..., Model]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from f2llm.compress.prune import cut
+from f2llm.compress.prune import prune_model
 from f2llm.data.rows import read_rows
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.folder import Model, load_model, save_model
@@ -110,24 +110,19 @@ def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
 
 
 def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
-    settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
+    settings: Settings, batches: Batches, make_model: MakeModel, rows_folder: Path, tmp_path: Path
 ) -> None:
     """Units that are zero in the teacher are cut, so the student's vectors are the teacher's at the kept units."""
-    teacher = make_model()
-    kept_E = torch.tensor([i for i in range(24) if i not in (3, 4, 17)])
-    gone_E = torch.tensor([3, 4, 17])
+    teacher, gone_E = make_model(), torch.tensor([3, 4, 17])
     for name, parameter in teacher.decoder.named_parameters():
         part = name.split(".")[-2]
         if part == "embed_tokens":
             parameter.data[:, gone_E] = 0
         elif part in ("o_proj", "down_proj"):
             parameter.data[gone_E] = 0
-    small = cut(teacher.decoder, kept_E, [torch.arange(40)] * 2)
-    student = replace(
-        teacher,
-        decoder=small,
-        facts=replace(teacher.facts, kept={"of": teacher.facts.identity, "hidden": kept_E.tolist()}),
-    )
+    save_model(tmp_path / "teacher", teacher)
+    prune_model(tmp_path / "teacher", tmp_path / "student", calibration=[rows_folder], hidden_size=24 - 3)
+    teacher, student = (load_model(tmp_path / name) for name in ("teacher", "student"))
     config = settings(teacher="teacher", distillation_target="kept", steps=1)
     train(config, student, batches(config), teacher, tmp_path)
     assert read_log(tmp_path)[0]["distillation"] < 1e-10

@@ -1,0 +1,241 @@
+"""The decoder as an ONNX graph with everything inside: padded token ids and their mask in, unit vectors out.
+
+The graph is written node by node, not traced, so that it can be ragged as our own decoder is: the mask's ones are
+gathered into one flat list of tokens, norms and matrices see that list alone, and only attention lays it out again in
+the caller's rectangle. So padding costs next to nothing, on whichever side it stands, and cannot change a vector.
+In the last layer the final tokens alone go on. Pooling, the Matryoshka size and the normalisation follow.
+
+Shape suffixes: N texts, L tokens of the longest, B = N * L places of the rectangle, T tokens without padding, H query
+heads, G key/value heads, R = H / G, D head width, E hidden width, Q = L, or 1 in the last layer.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from f2llm.export.onnx_graph import TINY, Floats, Graph, Linear, float_linear, rows_of
+from f2llm.family import parameter_count
+from f2llm.files import atomic_write
+from f2llm.model.decoder import DecoderConfig
+from f2llm.model.folder import weight_files
+from f2llm.model.tensor_files import open_tensors
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+MOST_IN_ONE_FILE = 1 << 30  # bytes; a protobuf message ends at 2 GiB
+INPUTS = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
+OUTPUT = "sentence_embedding"
+MASKED = -1e9  # finite, so that a row of padding alone gives no NaN
+
+Read = Callable[[str], Floats]
+
+
+def write_onnx(
+    source: Path, folder: Path, config: DecoderConfig, *, dim: int, linear: Linear = float_linear
+) -> None:
+    """Write model.onnx of a model folder, with model.onnx.data beside it where it is large.
+
+    Weights are read and written one at a time.
+    """
+    size = 4 if linear is float_linear else 1
+    large = size * _parameters(config) > MOST_IN_ONE_FILE
+    with (
+        open_tensors(weight_files(source)) as tensors,
+        atomic_write(folder / DATA) if large else nullcontext() as data,
+    ):
+        graph = Graph(data, DATA)
+        vector = _vectors(graph, config, lambda name: tensors.read(name).numpy(), dim, linear)
+        content = graph.model(INPUTS, vector, OUTPUT, ["batch", dim])
+    with atomic_write(folder / MODEL) as file:
+        file.write(content)
+
+
+def _parameters(config: DecoderConfig) -> int:
+    return parameter_count(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tokens are; names of values."""
+
+    token_T: str  # place of each token in the rectangle
+    of_place_B: str  # token at each place; some other one's at padding
+    position_T: str  # of each token in its text
+    last_N: str  # token that is pooled
+    shape_N: str  # [1]: N
+    shape_L: str  # [1]: L
+    bias: str  # [N, 1, 1, L, L]: what to add to scores
+    bias_last: str  # [N, 1, 1, 1, L]: the same for final tokens, which may see all
+
+
+def _places(graph: Graph) -> _Places:
+    shape_N = graph("Shape", "input_ids", start=0, end=1)
+    shape_L = graph("Shape", "input_ids", start=1, end=2)
+    mask_NL = graph.cast("attention_mask", "INT64")
+    real_NL = graph.cast(mask_NL, "BOOL")
+    mask_B = _flat(graph, mask_NL)
+    one, zero = graph.whole(1), graph.whole(0)
+
+    def counted(mask: str, axis: int) -> str:
+        return graph("Max", graph("Sub", graph("CumSum", mask, graph.whole(axis)), one), zero)
+
+    token_T = graph("Squeeze", graph("NonZero", mask_B), graph.ints(0))
+    of_place_B = counted(mask_B, 0)
+    column_L = graph("Range", zero, graph("Squeeze", shape_L), one)
+    row_N = graph("Range", zero, graph("Squeeze", shape_N), one)
+    final_N = graph("ArgMax", graph("Mul", mask_NL, graph("Add", column_L, one)), axis=1, keepdims=0)
+    place_N = graph("Add", graph("Mul", row_N, graph("Squeeze", shape_L)), final_N)
+    earlier_LL = graph("LessOrEqual", column_L, graph("Unsqueeze", column_L, graph.ints(1)))
+    visible_NLL = graph("And", earlier_LL, graph("Unsqueeze", real_NL, graph.ints(1)))
+
+    def bias(visible: str, axes: tuple[int, ...]) -> str:
+        added = graph("Where", visible, graph.real(0), graph.real(MASKED))
+        return graph("Unsqueeze", added, graph.ints(*axes))
+
+    return _Places(
+        token_T=token_T,
+        of_place_B=of_place_B,
+        position_T=graph("Gather", _flat(graph, counted(mask_NL, 1)), token_T, axis=0),
+        last_N=graph("Gather", of_place_B, place_N, axis=0),
+        shape_N=shape_N,
+        shape_L=shape_L,
+        bias=bias(visible_NLL, (1, 2)),
+        bias_last=bias(real_NL, (1, 2, 3)),
+    )
+
+
+def _vectors(graph: Graph, config: DecoderConfig, read: Read, dim: int, linear: Linear) -> str:
+    """Unit vectors [N, dim]."""
+    places = _places(graph)
+    ids_T = graph("Gather", _flat(graph, "input_ids"), places.token_T, axis=0)
+    name = "embed_tokens.weight"
+    x_TE = rows_of(graph, ids_T, name, read(name), int8=linear is not float_linear)
+    rope = _rope_tables(graph, config, places.position_T)
+    final = config.num_hidden_layers - 1
+    for number in range(config.num_hidden_layers):
+        x_TE = _layer(graph, config, read, linear, places, rope, x_TE, number, last=number == final)
+    x_NE = _norm(graph, config, read, x_TE, "norm.weight")
+    if dim < config.hidden_size:
+        x_NE = _slice(graph, x_NE, 0, dim)
+    squares_N1 = graph("ReduceSum", graph("Mul", x_NE, x_NE), graph.ints(1), keepdims=1)
+    length_N1 = graph("Max", graph("Sqrt", squares_N1), graph.real(TINY))
+    return graph("Div", x_NE, length_N1)
+
+
+def _layer(
+    graph: Graph,
+    config: DecoderConfig,
+    read: Read,
+    linear: Linear,
+    places: _Places,
+    rope: tuple[str, str],
+    x_TE: str,
+    number: int,
+    last: bool,
+) -> str:
+    """One decoder layer: [T, E], or [N, E] of the final tokens in the last."""
+    prefix = f"layers.{number}."
+
+    def project(x: str, name: str) -> str:
+        name = f"{prefix}{name}_proj.weight"
+        return linear(graph, x, name, read(name))
+
+    def heads(x: str, name: str) -> str:
+        return graph("Reshape", project(x, name), graph.ints(-1, count[name], config.head_dim))
+
+    def normed(x: str, name: str, rope: tuple[str, str]) -> str:
+        normed = _norm(
+            graph, config, read, heads(x, f"self_attn.{name}"), f"{prefix}self_attn.{name}_norm.weight"
+        )
+        return _rotated(graph, normed, rope, config.head_dim)
+
+    count = {
+        "self_attn.q": config.num_attention_heads,
+        "self_attn.k": config.num_key_value_heads,
+        "self_attn.v": config.num_key_value_heads,
+    }
+    y_TE = _norm(graph, config, read, x_TE, prefix + "input_layernorm.weight")
+    k_TGD, v_TGD = normed(y_TE, "k", rope), heads(y_TE, "self_attn.v")
+    if last:
+        x_TE, y_TE, *rope_N = (graph("Gather", v, places.last_N, axis=0) for v in (x_TE, y_TE, *rope))
+        rope = rope_N[0], rope_N[1]
+    q_THD = normed(y_TE, "q", rope)
+    mixed = _attention(graph, config, places, q_THD, k_TGD, v_TGD, last)
+    x_TE = graph("Add", x_TE, project(mixed, "self_attn.o"))
+    y_TE = _norm(graph, config, read, x_TE, prefix + "post_attention_layernorm.weight")
+    gate = project(y_TE, "mlp.gate")
+    gated = graph("Mul", graph("Mul", gate, graph("Sigmoid", gate)), project(y_TE, "mlp.up"))
+    return graph("Add", x_TE, project(gated, "mlp.down"))
+
+
+def _attention(
+    graph: Graph, config: DecoderConfig, places: _Places, q_THD: str, k_TGD: str, v_TGD: str, last: bool
+) -> str:
+    """[T, H * D], or [N, H * D] of the final tokens in the last layer."""
+    groups, width = config.num_key_value_heads, config.head_dim
+    shared = config.num_attention_heads // groups
+    shape_Q = graph.ints(1) if last else places.shape_L
+    shape_RQ = graph("Mul", shape_Q, graph.ints(shared))
+
+    def shaped(x: str, *dims: str) -> str:
+        return graph("Reshape", x, graph("Concat", places.shape_N, *dims, axis=0))
+
+    def laid_out(x: str) -> str:
+        return graph("Gather", x, places.of_place_B, axis=0)
+
+    k_NLGD, v_NLGD = (shaped(laid_out(x), places.shape_L, graph.ints(groups, width)) for x in (k_TGD, v_TGD))
+    q_QHD = graph("Mul", q_THD if last else laid_out(q_THD), graph.real(width**-0.5))
+    q_NQGRD = shaped(q_QHD, shape_Q, graph.ints(groups, shared, width))
+    # The query heads that share a key/value head stand below one another, so that keys need not be repeated.
+    q_NGRQD = graph("Transpose", q_NQGRD, perm=[0, 2, 3, 1, 4])
+    q = shaped(q_NGRQD, graph.ints(groups), shape_RQ, graph.ints(width))
+    scores = graph("MatMul", q, graph("Transpose", k_NLGD, perm=[0, 2, 3, 1]))
+    scores_NGRQL = shaped(scores, graph.ints(groups, shared), shape_Q, places.shape_L)
+    biased = graph("Add", scores_NGRQL, places.bias_last if last else places.bias)
+    p = shaped(graph("Softmax", biased, axis=-1), graph.ints(groups), shape_RQ, places.shape_L)
+    mixed = graph("MatMul", p, graph("Transpose", v_NLGD, perm=[0, 2, 1, 3]))
+    mixed_NGRQD = shaped(mixed, graph.ints(groups, shared), shape_Q, graph.ints(width))
+    mixed_NQGRD = graph("Transpose", mixed_NGRQD, perm=[0, 3, 1, 2, 4])
+    flat = graph("Reshape", mixed_NQGRD, graph.ints(-1, config.num_attention_heads * width))
+    return flat if last else graph("Gather", flat, places.token_T, axis=0)
+
+
+def _rope_tables(graph: Graph, config: DecoderConfig, position_T: str) -> tuple[str, str]:
+    """Cosine and sine of the rotary angles, each [T, 1, D / 2]."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1 / np.float32(config.rope_theta) ** half).astype(np.float32)
+    position_T11 = graph("Unsqueeze", graph.cast(position_T, "FLOAT"), graph.ints(1, 2))
+    angles = graph("Mul", position_T11, graph.tensor(frequencies, "rope_frequencies"))
+    return graph("Cos", angles), graph("Sin", angles)
+
+
+def _rotated(graph: Graph, x: str, rope: tuple[str, str], width: int) -> str:
+    cos, sin = rope
+    a, b = _slice(graph, x, 0, width // 2), _slice(graph, x, width // 2, width)
+    first = graph("Sub", graph("Mul", a, cos), graph("Mul", b, sin))
+    return graph("Concat", first, graph("Add", graph("Mul", b, cos), graph("Mul", a, sin)), axis=-1)
+
+
+def _norm(graph: Graph, config: DecoderConfig, read: Read, x: str, weight: str) -> str:
+    """Root-mean-square norm, in the operators that runtimes recognise and fuse."""
+    mean = graph("ReduceMean", graph("Pow", x, graph.real(2)), axes=[-1], keepdims=1)
+    root = graph("Sqrt", graph("Add", mean, graph.real(config.rms_norm_eps)))
+    return graph("Mul", graph("Div", x, root), graph.tensor(read(weight), weight))
+
+
+def _slice(graph: Graph, x: str, start: int, end: int) -> str:
+    return graph("Slice", x, graph.ints(start), graph.ints(end), graph.ints(-1))
+
+
+def _flat(graph: Graph, x: str) -> str:
+    return graph("Reshape", x, graph.ints(-1))
