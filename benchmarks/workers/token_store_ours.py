@@ -8,6 +8,7 @@ from typing import Any
 
 from f2llm.data.token_store import open_store
 from f2llm.data.token_store_build import build
+from f2llm.engine import using
 from workers.token_store_batches import batches
 
 
@@ -18,7 +19,8 @@ def commands(folder_name: str) -> dict[str, Callable[..., Any]]:
     def build_store() -> dict[str, Any]:
         shutil.rmtree(folder / "built", ignore_errors=True)
         started = time.perf_counter()
-        facts = build([folder / "rows"], folder / "tokenizer.json", folder / "built", {})
+        with using():  # as a stage does: its workers are started once
+            facts = build([folder / "rows"], folder / "tokenizer.json", folder / "built", {})
         return {"seconds": time.perf_counter() - started, "tokens": facts["tokens"], "texts": facts["texts"]}
 
     def read() -> float:
