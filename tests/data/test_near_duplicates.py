@@ -174,6 +174,7 @@ def test_parts_workers_and_stops_make_no_difference(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(near_duplicates, "GROUP_ROWS", 40)
     monkeypatch.setattr(near_duplicates, "SLICE", 16)
     monkeypatch.setattr(near_duplicates, "PAIRS", 64)
+    monkeypatch.setattr(near_duplicates, "ROWS_OF_FILE", 37)
     with using(Engine(workers=1)):
         assert find_duplicates(folders, tmp_path / "cut") == whole
         assert find_duplicates(folders, tmp_path / "again") == whole

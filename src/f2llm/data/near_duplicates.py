@@ -12,7 +12,8 @@ bytes a row are held in memory, and pairs already in one cluster are not compare
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,13 @@ REPEATS = "repeats.npy"  # int64 [rows]: the number of the row that a row repeat
 REASONS = "reasons.npy"  # int8 [rows]: index into REASON_NAMES
 REASON_NAMES = (None, "exact duplicate", "near duplicate")
 MADE_OF = "made_of.json"
+SPILLED = "pairs"
 
 SLICE = 1 << 12  # rows signed at a time
 GROUP_ROWS = 1 << 20  # rows whose keys are sorted at a time
 NEIGHBOURS = 2  # each row is compared with so many before it of the same key, and with the first
 PAIRS = 1 << 12  # compared at a time
+ROWS_OF_FILE = 1 << 19  # rows whose pairs with later ones are in one file until they are compared
 # Bands whose pairs are compared together. What the first bring together is not compared again by the others.
 ROUNDS = (slice(0, 2), slice(2, None))
 
@@ -223,20 +226,48 @@ def _near(work: Path, starts: Rows, bands: int, threshold: float, exact: Rows) -
     unique = np.flatnonzero(exact == first)
     compare = partial(_compare, work, starts, threshold)
     for some in ROUNDS:
-        pairs = np.empty(0, np.uint64)
-        for band in range(bands)[some]:
-            keys_R = _of_all(work, len(starts) - 1, KEYS, band)
-            pairs = np.union1d(pairs, _pairs(keys_R, unique, first))
-        chunks = [pairs[at : at + PAIRS] for at in range(0, len(pairs), PAIRS)]
+        keys = (_of_all(work, len(starts) - 1, KEYS, band) for band in range(bands)[some])
+        chunks = _spill(
+            (pairs for keys_R in keys for pairs in _pairs(keys_R, unique, first)), len(first), work
+        )
         near = list(map_items(compare, chunks, what="compare rows", unit="chunk"))
         if near:
             _unite(first, *_rows_of(np.concatenate(near)))
+    shutil.rmtree(work / SPILLED, ignore_errors=True)
     return first
 
 
-def _pairs(keys_R: Hashes, unique: Rows, first: Rows) -> Hashes:
+class _Chunk(NamedTuple):
+    """Some of the pairs in a file."""
+
+    path: Path
+    first: int
+    length: int
+
+
+def _spill(found: Iterable[Hashes], rows: int, work: Path) -> list[_Chunk]:
+    """Put pairs on disk, each once, in their order: memory holds those whose first rows are neighbours."""
+    folder = work / SPILLED
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    begins = np.arange(0, max(rows, 1), ROWS_OF_FILE, dtype=np.uint64) << np.uint64(32)
+    paths = [folder / f"{number:05}" for number in range(len(begins))]
+    for pairs in found:
+        pairs.sort()
+        for path, own in zip(paths, np.split(pairs, np.searchsorted(pairs, begins[1:])), strict=True):
+            with open(path, "ab") as file:
+                own.tofile(file)
+    chunks = []
+    for path in filter(Path.exists, paths):
+        pairs = np.unique(np.fromfile(path, np.uint64))
+        pairs.tofile(path)
+        starts = range(0, len(pairs), PAIRS)
+        chunks += [_Chunk(path, start, min(PAIRS, len(pairs) - start)) for start in starts]
+    return chunks
+
+
+def _pairs(keys_R: Hashes, unique: Rows, first: Rows) -> Iterator[Hashes]:
     """Pairs of the rows `unique` that share a key and are not in one cluster yet: row << 32 | later row."""
-    found = [np.empty(0, np.uint64)]
     for places, begin in _groups(keys_R[unique]):
         rows = unique[places]
         place = np.arange(len(rows))
@@ -246,16 +277,17 @@ def _pairs(keys_R: Hashes, unique: Rows, first: Rows) -> Hashes:
             later = np.flatnonzero(earlier >= begin)
             one, other = rows[earlier[later]], rows[later]
             apart = first[one] != first[other]
-            found.append((one[apart] << 32 | other[apart]).view(np.uint64))
-    return np.concatenate(found)
+            yield (one[apart] << 32 | other[apart]).view(np.uint64)
 
 
 def _rows_of(pairs: Hashes) -> tuple[Rows, Rows]:
     return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def _compare(work: Path, starts: Rows, threshold: float, pairs: Hashes) -> Hashes:
+def _compare(work: Path, starts: Rows, threshold: float, chunk: _Chunk) -> Hashes:
     """Those of the pairs that are near in every field."""
+    path, begin, length = chunk
+    pairs = np.fromfile(path, np.uint64, length, offset=begin * np.dtype(np.uint64).itemsize)
     for field in range(len(TEXTS)):
         rows, places = np.unique(np.concatenate(_rows_of(pairs)), return_inverse=True)
         texts = minhash.hashed(_read_texts(work, starts, field, rows))
