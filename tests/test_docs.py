@@ -116,9 +116,8 @@ def test_recipes_load(tmp_path: Path) -> None:
 
 
 def test_python_compiles() -> None:
-    for page in PAGES:
-        for block in blocks(page, "python"):
-            compile(block, str(page), "exec")
+    found = [(block, str(page)) for page in PAGES for block in blocks(page, "python")]
+    assert found and all(compile(block, page, "exec") for block, page in found)
 
 
 def test_the_plan_shown_is_what_is_printed(tmp_path: Path) -> None:

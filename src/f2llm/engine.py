@@ -80,14 +80,18 @@ _block: ContextVar[_Block] = ContextVar("block")
 @contextmanager
 def using(engine: Engine | None = None) -> Iterator[None]:
     """Let `map_items` in this block work on `engine`, the one around it by default; workers end with the block."""
-    outer = _block.get(None)
-    block = _Block(engine or (outer.engine if outer else LOCAL))
+    block = _Block(engine or current_engine())
     token = _block.set(block)
     try:
         yield
     finally:
         _block.reset(token)
         block.close()
+
+
+def current_engine() -> Engine:
+    block = _block.get(None)
+    return block.engine if block else LOCAL
 
 
 def map_items(

@@ -34,11 +34,11 @@ from f2llm.recipe_fields import (
     STAGE_OR_MODEL,
     TOKENIZER,
     TRAINED_OR_MODEL,
+    Format,
+    Input,
     Strict,
     Takes,
 )
-from f2llm.recipe_fields import Format as Format
-from f2llm.recipe_fields import Input as Input
 from f2llm.yaml_lines import Location, read_yaml
 
 

@@ -153,16 +153,16 @@ def close(got: Scores, expected: Scores) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 12, 2048])
+@pytest.fixture(params=[1, 12, 2048])
+def _any_cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens are computed at once."""
+    monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("_any_cut")
 def test_activation_scores_equal_those_of_the_whole_model(
-    folder: Path,
-    ids: list[list[int]],
-    peer: Any,
-    tokens_at_once: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, ids: list[list[int]], peer: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", tokens_at_once)
     config = read_config(folder)
     with open_weights(folder, config) as weights:
         got = activation_scores(weights, config, ids, tmp_path)
@@ -172,16 +172,10 @@ def test_activation_scores_equal_those_of_the_whole_model(
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "hidden states were left"
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 12, 2048])
+@pytest.mark.usefixtures("_any_cut")
 def test_taylor_scores_equal_autograd_through_the_whole_model(
-    folder: Path,
-    ids: list[list[int]],
-    peer: Any,
-    tokens_at_once: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, ids: list[list[int]], peer: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", tokens_at_once)
     config = read_config(folder)
     with open_weights(folder, config) as weights:
         got = taylor_scores(weights, config, ids, a_loss, tmp_path)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from f2llm.compress.shapes import nearest_shapes, parameters_of, shapes_to_cut, smaller
+from f2llm.compress.shapes import nearest_shapes, shapes_to_cut, smaller
 from f2llm.errors import UsageError
 from f2llm.family import FAMILY
-from f2llm.model.decoder import Decoder, DecoderConfig
+from f2llm.model.decoder import Decoder, DecoderConfig, parameters_of
 
 SMALLEST = DecoderConfig(151_936, 1024, 3072, 28, 16, 8, 128)  # Qwen3-0.6B
 LARGEST = DecoderConfig(151_936, 5120, 17_408, 40, 40, 8, 128)  # Qwen3-14B

@@ -14,7 +14,7 @@ from f2llm.export.parity import Side, measured, ndcg_at_10, neighbours_kept
 from f2llm.export.runtimes import Vectors
 from f2llm.export.sample import sample
 from f2llm.model.folder import load_model, read_facts
-from f2llm.model.tokenizer import load_tokenizer
+from f2llm.tokenizer_file import load_tokenizer
 
 pytest.importorskip("onnxruntime", reason="the export needs onnxruntime")
 

@@ -14,7 +14,7 @@ from f2llm.export.export import export_model
 from f2llm.export.onnx_graph import quantised
 from f2llm.export.runtimes import Vectors, onnx_encode, openvino_encode, rectangle, require
 from f2llm.model.folder import Model, save_model
-from f2llm.model.tokenizer import load_tokenizer
+from f2llm.tokenizer_file import load_tokenizer
 
 pytest.importorskip("onnx", reason="the export needs onnx")
 pytest.importorskip("onnxruntime", reason="the export needs onnxruntime")

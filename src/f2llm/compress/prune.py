@@ -30,12 +30,12 @@ from f2llm.compress.layerwise import (
     activation_scores,
     taylor_scores,
 )
-from f2llm.compress.shapes import CLOSE, Candidate, parameters_of, shapes_to_cut, smaller
+from f2llm.compress.shapes import CLOSE, Candidate, shapes_to_cut, smaller
 from f2llm.data.parts import carry_decontamination
 from f2llm.errors import UsageError
 from f2llm.files import sync_folder
 from f2llm.model.base import Base, read_base
-from f2llm.model.decoder import DecoderConfig
+from f2llm.model.decoder import DecoderConfig, parameters_of
 from f2llm.model.folder import WEIGHTS, ModelFacts, complete_folder, open_weights
 from f2llm.model.tensor_files import TensorFiles, write_tensors
 from f2llm.model.tokenizer import encode

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from f2llm.errors import UsageError
 from f2llm.family import FAMILY, parameter_count
-from f2llm.model.decoder import DecoderConfig
+from f2llm.model.decoder import DecoderConfig, parameters_of
 
 HIDDEN_STEP, MLP_STEP = 64, 128
 CLOSE = 0.02  # shapes within this share of the budget are as good in size
@@ -39,19 +39,6 @@ class Candidate:
     parameters: int
     spread: float
     """ln(largest / smallest) of what is left of each direction, as a share; 0 if all shrink alike."""
-
-
-def parameters_of(config: DecoderConfig) -> int:
-    """Parameters of a decoder of this shape."""
-    return parameter_count(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-    )
 
 
 def shapes_to_cut(

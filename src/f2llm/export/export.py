@@ -30,7 +30,7 @@ from f2llm.files import sync_folder, write_json, write_text
 from f2llm.model.decoder import DecoderConfig
 from f2llm.model.folder import ModelFacts, check_identity, load_model, read_config, read_facts, weight_files
 from f2llm.model.prompts import query_prefix
-from f2llm.model.tokenizer import load_tokenizer
+from f2llm.tokenizer_file import load_tokenizer
 
 SCHEMA_VERSION = 1
 FACTS = "export.json"

@@ -20,7 +20,8 @@ from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder, DecoderConfig
 from f2llm.model.folder import ModelFacts, weight_files
 from f2llm.model.tensor_files import open_tensors
-from f2llm.model.tokenizer import encode, load_tokenizer
+from f2llm.model.tokenizer import encode
+from f2llm.tokenizer_file import load_tokenizer
 
 ARCHITECTURE = "qwen3"
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}

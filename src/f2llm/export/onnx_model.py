@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from f2llm.export.onnx_graph import TINY, Floats, Graph, Linear, float_linear, rows_of
-from f2llm.family import parameter_count
 from f2llm.files import atomic_write
-from f2llm.model.decoder import DecoderConfig
+from f2llm.model.decoder import DecoderConfig, parameters_of
 from f2llm.model.folder import weight_files
 from f2llm.model.tensor_files import open_tensors
 
@@ -40,7 +39,7 @@ def write_onnx(
     Weights are read and written one at a time.
     """
     size = 4 if linear is float_linear else 1
-    large = size * _parameters(config) > MOST_IN_ONE_FILE
+    large = size * parameters_of(config) > MOST_IN_ONE_FILE
     with (
         open_tensors(weight_files(source)) as tensors,
         atomic_write(folder / DATA) if large else nullcontext() as data,
@@ -50,18 +49,6 @@ def write_onnx(
         content = graph.model(INPUTS, vector, OUTPUT, ["batch", dim])
     with atomic_write(folder / MODEL) as file:
         file.write(content)
-
-
-def _parameters(config: DecoderConfig) -> int:
-    return parameter_count(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-    )
 
 
 @dataclass(frozen=True)

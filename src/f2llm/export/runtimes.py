@@ -20,8 +20,8 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from f2llm.errors import F2Error
-from f2llm.model.tokenizer import load_tokenizer
 from f2llm.text import clean
+from f2llm.tokenizer_file import load_tokenizer
 
 Vectors = npt.NDArray[np.float32]
 Encode = Callable[[Sequence[str]], Vectors]

@@ -10,14 +10,14 @@ ends in what it would have come to. Rows of other formats pass unchanged: their 
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from f2llm.data.parts import Part, carry_decontamination, parts, write_sources
 from f2llm.data.rows import read_sources
-from f2llm.engine import Engine, map_items, using
+from f2llm.engine import Engine, current_engine, map_items, using
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import read_json, write_json, write_text
 from f2llm.mine.block import ROWS_AT_ONCE, Block, Rerank, Rules, mine_block
@@ -26,7 +26,7 @@ from f2llm.mine.cross_encoder import cross_encoder_scores
 from f2llm.mine.pools import Pool, make_pools
 from f2llm.mine.report import add_up, report_page, sample_sheet
 from f2llm.mine.rows_out import draw_samples, write_rows_out
-from f2llm.mine.texts import embedder, encode, plan_vectors, read_corpus
+from f2llm.mine.texts import Corpus, embedder, encode, plan_vectors, read_corpus
 from f2llm.model.base import load_base
 from f2llm.model.folder import FACTS, save_model
 from f2llm.recipe_corpus import MineStage
@@ -42,7 +42,7 @@ def mine_stage(
     out: Path,
     seed: int,
     rerank: Rerank | None = None,
-    miners: Engine = ONE_PROCESS,
+    miners: Engine | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `folders` with mined negatives to the folder of rows `out`, and what came of it.
 
@@ -51,7 +51,8 @@ def mine_stage(
         seed: decides which rows are on the sheet to read.
         rerank: scores pairs in the place of `config.cross_encoder`; one that can be sent to other processes, if
             `miners` has any.
-        miners: who computes vectors and searches. One process takes all cores, or the GPU.
+        miners: who computes vectors and searches: by default the Ray that the run works on, or one process, which
+            takes all cores, or the GPU.
 
     Returns:
         Rows, candidates, and distinct texts. `report.json` has counts by source and language.
@@ -69,6 +70,7 @@ def mine_stage(
             f"none of {', '.join(map(str, folders))} has a source of retrieval rows, and only these are mined for; "
             "leave the stage out."
         )
+    miners = miners or (ONE_PROCESS if current_engine().kind == "local" else None)
     work = out / WORK
     miner = _our_folder(model, work)
     reader = embedder(miner)
@@ -87,22 +89,7 @@ def mine_stage(
             pass
     languages = corpus.languages()
     pools = make_pools(corpus, len(found), config.pool, list(prefixes), languages)
-    blocks = [
-        Block(
-            corpus=corpus,
-            pool=pool,
-            first=first,
-            last=min(first + ROWS_AT_ONCE, rows),
-            rules=_rules(config),
-            sources=tuple(prefixes),
-            languages=tuple(languages),
-            prefixes=tuple(prefixes.values()),
-            rerank=rerank,
-        )
-        for pool in pools
-        for rows in [len(Pool.load(pool))]
-        for first in range(0, rows, ROWS_AT_ONCE)
-    ]
+    blocks = _blocks(config, corpus, pools, prefixes, languages, rerank)
     with using(miners):
         counts = add_up(
             one for counted in map_items(mine_block, blocks, what="mine", unit="block") for one in counted
@@ -111,16 +98,13 @@ def mine_stage(
     write_sources(out, sources.values(), tally)
     carry_decontamination(folders, out)
     write_text(out / PAGE, report_page(counts))
-    write_text(
-        out / SHEET, sample_sheet(draw_samples(config.samples, seed, corpus, pools, prefixes, languages))
-    )
+    sheet = draw_samples(config.samples, seed, corpus, pools, prefixes, languages)
+    write_text(out / SHEET, sample_sheet(sheet))
     facts = {
         "rows": sum(
             count for source in tally.values() for fates in source.values() for count in fates.values()
         ),
-        "rows_mined_for": sum(one["rows"] for one in counts),
-        "rows_without_candidates": sum(one["candidates"].get("0", 0) for one in counts),
-        "candidates": sum(one["ranked"]["kept"] for one in counts),
+        **_totals(counts),
         "texts": len(corpus),
         "pools": len(pools),
         "miner": reader.identity,
@@ -128,6 +112,40 @@ def mine_stage(
     write_json(out / REPORT, {"facts": facts, "counts": counts})
     shutil.rmtree(work)
     return facts
+
+
+def _blocks(
+    config: MineStage,
+    corpus: Corpus,
+    pools: Sequence[Path],
+    prefixes: Mapping[str, str],
+    languages: Sequence[str],
+    rerank: Rerank | None,
+) -> list[Block]:
+    """The rows of all pools, so many at a time."""
+    block = partial(
+        Block,
+        corpus=corpus,
+        rules=_rules(config),
+        sources=tuple(prefixes),
+        languages=tuple(languages),
+        prefixes=tuple(prefixes.values()),
+        rerank=rerank,
+    )
+    return [
+        block(pool=pool, first=first, last=min(first + ROWS_AT_ONCE, rows))
+        for pool in pools
+        for rows in [len(Pool.load(pool))]
+        for first in range(0, rows, ROWS_AT_ONCE)
+    ]
+
+
+def _totals(counts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        "rows_mined_for": sum(one["rows"] for one in counts),
+        "rows_without_candidates": sum(one["candidates"].get("0", 0) for one in counts),
+        "candidates": sum(one["ranked"]["kept"] for one in counts),
+    }
 
 
 def _rules(config: MineStage) -> Rules:

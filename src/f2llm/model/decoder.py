@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from f2llm.errors import F2Error
+from f2llm.family import parameter_count
 from f2llm.model.attention import attend_groups
 from f2llm.model.fused import norm_rope, rms_norm, swiglu
 from f2llm.model.layout import Layout, make_layout
@@ -89,6 +90,19 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
         "use_cache": False,
         "use_sliding_window": False,
     }
+
+
+def parameters_of(config: DecoderConfig) -> int:
+    """Parameters of a decoder of this shape, without making one."""
+    return parameter_count(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+    )
 
 
 class RMSNorm(nn.Module):

@@ -18,7 +18,6 @@ from f2llm.files import write_text
 from f2llm.model.prompts import query_prefix
 from f2llm.recipe import TokenizerStage
 from f2llm.text import clean
-from f2llm.tokenizer_file import load_tokenizer as load_tokenizer
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 # A word takes the space before it. Combining marks belong to their letters: cutting there would break the vowels

@@ -14,7 +14,8 @@ from f2llm.data.rows import Source
 from f2llm.data.user_files import guess_format, import_files
 from f2llm.errors import F2Error, UsageError
 from f2llm.progress import say
-from f2llm.recipe import Format, TrainStage
+from f2llm.recipe import TrainStage
+from f2llm.recipe_fields import Format
 from f2llm.train.sources import SourceRows, hold_out, load_sources
 from f2llm.train.trials import Trial, prepare
 

@@ -17,9 +17,10 @@ from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, model_size, save_model
 from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.model.sanity import check_base
-from f2llm.model.tokenizer import EOS, load_tokenizer
+from f2llm.model.tokenizer import EOS
 from f2llm.progress import say
 from f2llm.recipe import TrainStage
+from f2llm.tokenizer_file import load_tokenizer
 from f2llm.train.checkpoint import drop_checkpoints
 from f2llm.train.ranks import ALONE, Ranks, on_main, same_on_all, whole_weights
 from f2llm.train.sampler import Sampler, prompt_of
