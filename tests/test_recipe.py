@@ -114,7 +114,7 @@ WRONG = [
     (GOOD, "", "", "the recipe is empty, but it should be a mapping"),
     (GOOD, "- a", "- a", "the recipe is ['a'], but it should be a mapping"),
     # references
-    ("models: [base]", "models:\n    - bse", "- bse", "'models' of stage 'scores' (evaluate) is 'bse', which is no stage of this recipe, but it should name an earlier train or prune stage: the nearest valid stage is 'base'."),
+    ("models: [base]", "models:\n    - bse", "- bse", "'models' of stage 'scores' (evaluate) is 'bse', which is no stage of this recipe, but it should name an earlier stage of a model: the nearest valid stage is 'base'."),
     ("tokenizer: words", "tokenizer: names", "tokenizer: names", "'tokenizer' of stage 'base' (train) is 'names', a names stage, but it should name an earlier tokenizer stage: the valid stages are 'words'."),
     ("    data: names\n    vocab_size", "    data: base\n    vocab_size", "data: base", "'data' of stage 'words' (tokenizer) is 'base', which comes no earlier, but it should name an earlier stage of rows: the valid stages are 'names'."),
     # things that do not fit together
@@ -122,7 +122,7 @@ WRONG = [
     ("tokenizer: words", "base: ./model", "  base:", "exactly one of 'base' (go on from a model) and 'shape' (a new one) must be given in stage 'base' (train)."),
     ("kv_heads: 2", "kv_heads: 3", "kv_heads:", "'kv_heads' (3) must divide 'heads' (4) in 'shape' of stage 'base' (train)."),
     ("steps: 10", "steps: 10\n    warmup_steps: 11", "warmup_steps", "'warmup_steps' (11) exceeds 'steps' (10) in stage 'base' (train)."),
-    ("steps: 10", "steps: 10\n    distillation_weight: 2", "distillation_weight", "'distillation_weight' has no effect without a 'teacher' in stage 'base' (train)."),
+    ("steps: 10", "steps: 10\n    distillation: {}", "distillation", "'distillation' has no effect without a 'teacher' in stage 'base' (train)."),
     ("steps: 10", "steps: 10\n    document_instruction_rate: 1", "document_instruction_rate", "'document_instruction_rate' has no effect without 'instructions' in"),
     # YAML
     ("seed: 7", "seed: [7", "output:", "not valid YAML ("),
@@ -186,7 +186,7 @@ def test_base_with_a_slash_is_a_path(tmp_path: Path) -> None:
         ("../models/base", True),
     ]
     said = refusal(tmp_path, GOOD.replace(shape, "    base: model\n"))
-    assert "should name an earlier train or prune stage, or a path with a slash" in said
+    assert "should name an earlier stage of a model, or a path with a slash" in said
 
 
 def test_scalars_follow_yaml_1_2(tmp_path: Path) -> None:

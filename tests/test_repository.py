@@ -30,9 +30,11 @@ HEIGHTS = (
         "recipe_data",
         "recipe_errors",
         "recipe_fields",
+        "recipe_models",
         "yaml_lines",
         "engine",
         "tokenizer_file",
+        "endpoints",
     },
     {"data"},
     {"model"},
@@ -58,7 +60,7 @@ HEAVY = {
     "peft": ("train/lora.py",),
     "tensorboardX": ("train/watch.py",),
     "py3langid": ("data/language_id.py",),
-    "httpx2": ("synthetic/client.py",),
+    "httpx2": ("synthetic/client.py", "train/teacher_endpoint.py"),
 }
 
 # Addresses of package registries, paths of one person's machine, and references into a tracker. The bracketed

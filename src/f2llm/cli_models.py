@@ -1,4 +1,4 @@
-"""Verbs that make models out of models: prune, trim, merge, export."""
+"""Verbs that make models out of models: prune, distil, trim, slice, merge, export."""
 
 import re
 from pathlib import Path
@@ -78,6 +78,76 @@ def prune(
 
 
 @app.command()
+def distil(
+    rows: Annotated[
+        list[Path],
+        typer.Argument(help="Rows as for `f2llm train`, or texts alone: lines, or a column of that name."),
+    ],
+    student: Annotated[str, typer.Option(help="The model that learns: a folder, or owner/name on the hub.")],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="The model to learn from: a folder, owner/name, or the URL of an embeddings server."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the new model.")],
+    terms: Annotated[
+        str | None,
+        typer.Option(help="mse, cosine, similarity, ranking with weights: cosine=1,similarity=0.5."),
+    ] = None,
+    target: Annotated[
+        Literal["prefix", "kept", "projection"] | None,
+        typer.Option(help="Which of the teacher's dimensions mse and cosine look at; what fits by default."),
+    ] = None,
+    contrastive: Annotated[
+        float, typer.Option(min=0, help="Weight of what the rows themselves teach.")
+    ] = 1.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="A folder that keeps the teacher's vectors for further runs.")
+    ] = None,
+    cache_precision: Annotated[Literal["float16", "int8"], typer.Option(help="Of the cache.")] = "float16",
+    teacher_model: Annotated[str | None, typer.Option(help="At a URL, the model's name there.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable with the URL's key.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows, at most.")] = 3.0,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Queries in a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="By the student's width by default.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text.")] = None,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with an interrupted run although its settings changed.")
+    ] = False,
+) -> None:
+    """Teach a model another one's vectors, on rows or on texts alone; goes on where it was interrupted."""
+    from f2llm.train.before_after import render
+    from f2llm.train.finetune import Choices, distillation_of, finetune
+
+    distillation = distillation_of(
+        student,
+        teacher,
+        terms=_weights(terms) if terms else None,
+        target=target,
+        contrastive=contrastive,
+        cache=str(cache) if cache else None,
+        cache_precision=cache_precision if cache else None,
+        model=teacher_model,
+        api_key_env=api_key_env,
+    )
+    choices = Choices(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        seed=seed,
+        teacher=teacher,
+        distillation=distillation,
+    )
+    if outcome := finetune(rows, student, out, choices, force):
+        typer.echo(render(outcome))
+
+
+@app.command()
 def trim(
     model: Model,
     out: Out,
@@ -118,6 +188,24 @@ def trim(
     console.print(
         f"{result.tokens[0]:,} -> {result.tokens[1]:,} tokens, {before:,} -> {after:,} parameters: {out}"
     )
+
+
+@app.command("slice")
+def slice_(
+    model: Model,
+    out: Out,
+    layers: Annotated[int | None, typer.Option(min=1, help="Keep the first so many layers.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Project the embedding table onto this rank.")
+    ] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of the vectors.")] = None,
+) -> None:
+    """Take a smaller model out of one that was trained for it, without training."""
+    from f2llm.compress.slicing import slice_model
+
+    _fresh(out)
+    facts = slice_model(model, out, layers=layers, rank=rank, dim=dim)
+    typer.echo(f"{out}, identity {facts.identity[:16]}")
 
 
 @app.command()
@@ -169,6 +257,20 @@ def export(
 
     sample = list(iterate_texts(texts, text_column)) if texts else None
     typer.echo(export_model(model, out, to, dim=dim, quantize=quantize, texts=sample).render())
+
+
+def _weights(text: str) -> dict[str, float]:
+    """cosine=1,similarity=0.5; a name alone counts once."""
+    found = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            found[name] = float(weight or 1)
+        except ValueError:
+            raise UsageError(
+                f"--terms is {text!r}; expected names and weights: cosine=1,similarity=0.5."
+            ) from None
+    return found
 
 
 def _count(text: str) -> int:

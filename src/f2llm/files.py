@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from f2llm.errors import F2Error
+from f2llm.errors import F2Error, UsageError
 
 CHUNK_BYTES = 1 << 20
 ROWS_IN_A_GROUP = 1 << 16  # of Parquet; stages on rows hold one group at a time
@@ -118,3 +119,20 @@ def sha256_folder(folder: Path, skip: Iterable[str] = ()) -> str:
         if relative.parts[0] not in skipped:
             digest.update(f"{relative.as_posix()}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def complete_or_not_there(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which takes its name in the end."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out} is there already; remove it, or name another folder.")
+    folder = out.with_name(f".{out.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        os.replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync_folder(out.parent)

@@ -107,8 +107,10 @@ def _run(recipe: Recipe, recipe_path: Path, force: bool, ranks: "Ranks | None") 
         for name, config in recipe.stages.items():
             given, hashes = {}, {}
             for item in inputs(config):
-                given[item.name] = Path(item.name) if item.is_path else folder / item.name
                 hashes[item.name] = _hash_of(item, contents)
+                if item.is_url:  # which the stage finds in its settings
+                    continue
+                given[item.name] = Path(item.name) if item.is_path else folder / item.name
             hashes |= {str(path): sha256_file(path) for path in files_beside(config)}
             context = Context(recipe.seed, recipe_hash(recipe), hashes, force, ranks)
             contents[name] = _finish(name, config, given, folder / name, context)
@@ -116,8 +118,8 @@ def _run(recipe: Recipe, recipe_path: Path, force: bool, ranks: "Ranks | None") 
 
 
 def _hash_of(item: Input, contents: dict[str, str]) -> str:
-    """What the fingerprint says of an input: the hash of its content, or the name of what only the hub has."""
-    if item.is_on_hub:
+    """What the fingerprint says of an input: the hash of its content, or the name of what only others have."""
+    if item.is_on_hub or item.is_url:
         return item.name
     if not item.is_path:
         return contents[item.name]

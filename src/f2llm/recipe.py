@@ -29,17 +29,22 @@ from f2llm.recipe_fields import (
     DATA_OR_FOLDER,
     FORMATS,
     MODEL,
+    MODELS,
     NAMES,
     ROWS,
     STAGE_OR_MODEL,
+    TEACHER,
     TOKENIZER,
-    TRAINED_OR_MODEL,
     Format,
     Input,
     Strict,
     Takes,
+    is_url,
 )
+from f2llm.recipe_models import ExportStage, MergeStage, SliceStage, TrimStage
 from f2llm.yaml_lines import Location, read_yaml
+
+DistillationTerm = Literal["mse", "cosine", "similarity", "ranking"]
 
 
 class TokenizerStage(Strict):
@@ -89,6 +94,39 @@ class Lora(Strict):
     alpha: float = Field(32.0, gt=0, description="adapters count alpha / rank times")
 
 
+class Distillation(Strict):
+    """What a student learns from its teacher's vectors, beside the contrastive terms."""
+
+    terms: dict[DistillationTerm, Annotated[float, Field(gt=0)]] = Field(
+        {"mse": 1.0},
+        min_length=1,
+        description="weights of: mse (squared distance of raw vectors, as in the paper), cosine (1 - cosine), "
+        "similarity (KL divergence between the two's softmax of a query over the batch's documents), ranking (the "
+        "order of the teacher's nearest documents)",
+    )
+    target: Literal["prefix", "kept", "projection"] = Field(
+        "prefix",
+        description="what mse and cosine compare with: a wider teacher's first dimensions, as in the paper, those "
+        "that pruning kept, where the student was cut from a model the teacher was trained from, or all of them, "
+        "through a matrix that is trained along and left out of the model",
+    )
+    temperature: float = Field(0.05, gt=0, description="what similarity and ranking divide cosines by")
+    contrastive: float = Field(
+        1.0, ge=0, description="weight of the contrastive terms; 0 learns from the teacher alone"
+    )
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="folder that keeps the teacher's vectors, for all runs: they are computed before the first step, "
+        "and the teacher is not in memory after it",
+    )
+    cache_precision: Literal["float16", "int8"] = Field("float16", description="of the vectors in the cache")
+    model: str | None = Field(None, min_length=1, description="of a teacher behind a URL, its name there")
+    api_key_env: str | None = Field(
+        None, min_length=1, description="environment variable that holds the key of the URL"
+    )
+
+
 class Validation(Strict):
     """Rows kept out of training, on which the loss and a retrieval score are taken as the run goes on."""
 
@@ -120,17 +158,12 @@ class TrainStage(Strict):
     tokenizer: Annotated[str | None, TOKENIZER] = Field(
         None, description="the tokenizer stage of a new decoder"
     )
-    teacher: Annotated[str | None, TRAINED_OR_MODEL] = Field(
-        None, description="the train stage to distil from, or a model folder or hub model as in 'base'"
+    teacher: Annotated[str | None, TEACHER] = Field(
+        None,
+        description="the train stage to distil from, a model folder or hub model as in 'base', or the URL of an "
+        "OpenAI-compatible server, such as http://localhost:8000/v1",
     )
-    distillation_weight: float = Field(
-        1.0, gt=0, description="weight of the distance to the teacher's embeddings"
-    )
-    distillation_target: Literal["prefix", "kept"] = Field(
-        "prefix",
-        description="which of a wider teacher's dimensions to learn: the first ones, as in the paper, "
-        "or those that pruning kept, where the student was cut from a model the teacher was trained from",
-    )
+    distillation: Distillation = Field(Distillation(), description="what to learn from the teacher")
 
     # What is drawn.
     formats: list[Format] = Field(FORMATS, min_length=1, description="which formats' rows to train on")
@@ -171,6 +204,14 @@ class TrainStage(Strict):
         True, description="whether in-batch positives get a gradient; false is what the reference code does"
     )
     matryoshka: bool = Field(True, description="train the prefixes of 8, 16, 32 ... dimensions as well")
+    exits: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="numbers of layers that are trained to be enough too, so that a model can be cut there later",
+    )
+    table_ranks: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="ranks of the embedding table that are trained to be enough too; each step draws one or the whole",
+    )
     temperature: float = Field(0.05, gt=0, description="what cosine similarities are divided by")
     learn_temperature: bool = Field(False, description="whether the temperature is trained too")
 
@@ -212,6 +253,14 @@ class TrainStage(Strict):
     tensorboard: bool = Field(False, description="write TensorBoard events beside log.jsonl")
 
     @model_validator(mode="after")
+    def _ascends(self) -> Self:
+        for name in ("exits", "table_ranks"):
+            values = getattr(self, name)
+            if values != sorted(set(values)):
+                raise problem(f"{name!r} is {values}; write each number once, in ascending order", name)
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (self.base is None) == (self.shape is None):
             raise problem("exactly one of 'base' (go on from a model) and 'shape' (a new one) must be given")
@@ -220,8 +269,7 @@ class TrainStage(Strict):
         if (self.steps is None) == (self.epochs is None):
             raise problem("exactly one of 'steps' and 'epochs' must be given")
         for field, needs, there in (
-            ("distillation_weight", "a 'teacher'", self.teacher is not None),
-            ("distillation_target", "a 'teacher'", self.teacher is not None),
+            ("distillation", "a 'teacher'", self.teacher is not None),
             ("document_instruction_rate", "'instructions'", self.instructions),
             ("cap_by", "a 'cap'", self.cap is not None),
             ("both_directions", "the joint 'objective'", self.objective == "joint"),
@@ -232,6 +280,8 @@ class TrainStage(Strict):
             raise problem(
                 "'gather_gradient: false' exists for the f2llm-v2 'objective' only", "gather_gradient"
             )
+        if sentence := wrong_distillation(self.teacher, self.distillation):
+            raise problem(sentence, "distillation")
         if self.lora and self.shape:
             raise problem("'lora' adapts a trained model: give a 'base' instead of a 'shape'", "lora")
         if self.lora and self.embedding_rows != "dense":
@@ -243,6 +293,31 @@ class TrainStage(Strict):
                 f"'warmup_steps' ({self.warmup_steps}) exceeds 'steps' ({self.steps})", "warmup_steps"
             )
         return self
+
+
+def wrong_distillation(teacher: str | None, distillation: Distillation) -> str | None:
+    """What is wrong between a teacher and what is to be learnt from it, if anything."""
+    behind_url = teacher is not None and is_url(teacher)
+    if behind_url and not distillation.model:
+        return "a teacher behind a URL needs its name there, 'distillation: model'"
+    if behind_url and "mse" in distillation.terms:
+        return (
+            "a teacher behind a URL gives vectors of unit length, so there are no raw ones for 'mse'; take 'terms' of "
+            "cosine, similarity and ranking"
+        )
+    for name in ("model", "api_key_env"):
+        if getattr(distillation, name) and not behind_url:
+            return f"{name!r} is for a teacher behind a URL"
+    if "cache_precision" in distillation.model_fields_set and not distillation.cache:
+        return "'cache_precision' has no effect without a 'cache'"
+    if distillation.target != "prefix" and not distillation.terms.keys() & {"mse", "cosine"}:
+        return f"'target: {distillation.target}' has no effect without the terms mse or cosine"
+    if "temperature" in distillation.model_fields_set and not distillation.terms.keys() & {
+        "similarity",
+        "ranking",
+    }:
+        return "'temperature' has no effect without the terms similarity or ranking"
+    return None
 
 
 class PruneStage(Strict):
@@ -307,6 +382,10 @@ Stage = Annotated[
     | TokenizerStage
     | TrainStage
     | PruneStage
+    | SliceStage
+    | TrimStage
+    | MergeStage
+    | ExportStage
     | EvaluateStage
     | IndexStage,
     Field(discriminator="stage"),
@@ -371,16 +450,17 @@ def _wrong_references(stages: dict[str, Stage]) -> Iterator[tuple[str, Location]
     for name, stage in stages.items():
         for item in inputs(stage):
             valid = [other for other, config in earlier.items() if config.stage in item.takes.kinds]
-            if item.is_path or item.name in valid:
+            if item.is_path or item.is_url or item.name in valid:
                 continue
             if item.name in earlier:
                 what = f"a {earlier[item.name].stage} stage"
             else:
                 what = "which comes no earlier" if item.name in stages else "which is no stage of this recipe"
             wanted = f"an earlier {' or '.join(item.takes.kinds)} stage"
-            if item.takes.kinds[: len(ROWS)] == ROWS:
-                others = [f"an earlier {kind} stage" for kind in item.takes.kinds[len(ROWS) :]]
-                wanted = " or ".join(["an earlier stage of rows", *others])
+            for group, what_it_ends_in in ((ROWS, "rows"), (MODELS, "a model")):
+                if item.takes.kinds[: len(group)] == group:
+                    others = [f"an earlier {kind} stage" for kind in item.takes.kinds[len(group) :]]
+                    wanted = " or ".join([f"an earlier stage of {what_it_ends_in}", *others])
             if item.takes.or_path:
                 wanted += ", or a path with a slash"
             yield (

@@ -16,12 +16,17 @@ FORMATS: list[Format] = ["retrieval", "clustering", "classification"]
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
 class Takes(NamedTuple):
     """Marks a field that names what a stage reads: earlier stages of these kinds, files and folders, hub models."""
 
     kinds: tuple[str, ...] = ()
     or_path: bool = False
     or_hub: bool = False
+    or_url: bool = False
 
 
 ROWS = (
@@ -37,9 +42,11 @@ DATA = Takes(ROWS)
 DATA_OR_FOLDER = Takes(ROWS, or_path=True)
 NAMES = Takes(("names",))
 TOKENIZER = Takes(("tokenizer",))
-TRAINED_OR_MODEL = Takes(("train",), or_path=True, or_hub=True)
-MODEL = Takes(("train", "prune"))
-STAGE_OR_MODEL = Takes(("train", "prune"), or_path=True, or_hub=True)
+TRAINED_OR_MODEL = Takes(("train", "merge"), or_path=True, or_hub=True)
+TEACHER = Takes(("train", "merge"), or_path=True, or_hub=True, or_url=True)
+MODELS = ("train", "prune", "slice", "trim", "merge")  # kinds of stages that end in a model
+MODEL = Takes(MODELS)
+STAGE_OR_MODEL = Takes(MODELS, or_path=True, or_hub=True)
 FILES = Takes(or_path=True)
 
 
@@ -53,7 +60,12 @@ class Input(NamedTuple):
     @property
     def is_path(self) -> bool:
         """Where both are allowed, a path is known by its slash, which no stage's name has."""
-        return self.takes.or_path and (not self.takes.kinds or "/" in self.name)
+        return self.takes.or_path and not self.is_url and (not self.takes.kinds or "/" in self.name)
+
+    @property
+    def is_url(self) -> bool:
+        """Whether it is a server, where that is allowed."""
+        return self.takes.or_url and is_url(self.name)
 
     @property
     def is_on_hub(self) -> bool:

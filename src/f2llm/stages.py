@@ -4,10 +4,11 @@ Each adapter imports its stage when it is run, so that a finished torch stage co
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from f2llm.progress import say
 from f2llm.recipe import (
     EvaluateStage,
     IndexStage,
@@ -24,6 +25,7 @@ from f2llm.recipe_corpus import (
     TokeniseStage,
 )
 from f2llm.recipe_data import FilesStage, NamesStage
+from f2llm.recipe_models import ExportStage, MergeStage, SliceStage, TrimStage
 
 if TYPE_CHECKING:
     from f2llm.train.ranks import Ranks
@@ -133,7 +135,9 @@ def _train(config: TrainStage, given: Inputs, out: Path, context: Context) -> Fa
         "data": given[config.data],
         "base": given[config.base] if config.base else None,
         "tokenizer": given[config.tokenizer] if config.tokenizer else None,
-        "teacher": given[config.teacher] if config.teacher else None,
+        "teacher": given.get(config.teacher, config.teacher)
+        if config.teacher
+        else None,  # a URL is not given
         "out": out,
         "seed": context.seed,
         "recipe_hash": context.recipe_hash,
@@ -158,6 +162,53 @@ def _prune(config: PruneStage, given: Inputs, out: Path, context: Context) -> Fa
         seed=context.seed,
         recipe_hash=context.recipe_hash,
     )
+
+
+def _slice(config: SliceStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.compress.slicing import slice_into
+    from f2llm.model.base import read_base
+
+    base = read_base(given[config.model])
+    facts = slice_into(out, base, layers=config.layers, rank=config.rank, dim=config.dim)
+    return {"identity": facts.identity}
+
+
+def _trim(config: TrimStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.compress.trimming import trim_model
+    from f2llm.languages import tag
+
+    languages = {tag(one) for one in config.languages} if config.languages else None
+    corpus = _folders(config.data, given)
+    trimmed = trim_model(given[config.model], out, corpus, languages=languages, keep=config.keep)
+    return {
+        "identity": trimmed.facts.identity,
+        "tokens": trimmed.tokens,
+        "parameters": trimmed.parameters,
+        "languages": {language: asdict(found) for language, found in trimmed.languages.items()},
+    }
+
+
+def _merge(config: MergeStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.compress.merge import merge_models
+
+    base = given[config.base] if config.base else None
+    facts = merge_models(
+        _folders(config.models, given), out, method=config.method, weights=config.weights, base=base
+    )
+    return {"identity": facts.identity}
+
+
+def _export(config: ExportStage, given: Inputs, out: Path, context: Context) -> Facts:
+    from f2llm.data.user_files import iterate_texts
+    from f2llm.export.export import export_model
+
+    texts = list(iterate_texts(given[config.texts])) if config.texts else None
+    # A folder of its own, for nothing else may lie where another runtime looks.
+    parity = export_model(
+        given[config.model], out / config.to, config.to, dim=config.dim, quantize=config.quantize, texts=texts
+    )
+    say(parity.render())
+    return {"parity": asdict(parity)}
 
 
 def _evaluate(config: EvaluateStage, given: Inputs, out: Path, context: Context) -> Facts:
@@ -186,6 +237,10 @@ STAGES: dict[str, StageFunction] = {
     "tokenizer": _tokenizer,
     "train": _train,
     "prune": _prune,
+    "slice": _slice,
+    "trim": _trim,
+    "merge": _merge,
+    "export": _export,
     "evaluate": _evaluate,
     "index": _index,
 }

@@ -93,7 +93,7 @@ def pretend_log(rng: np.random.Generator, config: Any) -> str:
             "in_batch": 1.0,
         }
         if config.teacher:
-            record["distillation"] = 0.4 * decay * rng.lognormal(0, 0.05)
+            record["teacher_mse"] = 0.4 * decay * rng.lognormal(0, 0.05)
         lines.append(json.dumps(record))
     return "\n".join(lines) + "\n"
 

@@ -195,8 +195,8 @@ def test_teacher_gains_compare_like_with_like(report: dict[str, Any]) -> None:
     summary = {"pairs": {"8": {"accuracy_at_1": {"mean": 0.5}}}}
     models = [{"name": "taught", **summary}, {"name": "alone", **summary}]
     configs: dict[str, Any] = {
-        "taught": {"base": "cut", "steps": 10, "teacher": "large", "distillation_target": "kept"},
-        "alone": {"base": "cut", "steps": 10, "teacher": None, "distillation_target": "prefix"},
+        "taught": {"base": "cut", "steps": 10, "teacher": "large", "distillation": {"target": "kept"}},
+        "alone": {"base": "cut", "steps": 10, "teacher": None, "distillation": {"target": "prefix"}},
     }
     assert len(teacher_gains(models, configs)) == 1
     assert teacher_gains(models, configs | {"alone": configs["alone"] | {"steps": 20}}) == []

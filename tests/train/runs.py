@@ -12,6 +12,8 @@ from torch import Tensor
 from f2llm.data.rows import read_rows
 from f2llm.model.folder import Model
 from f2llm.recipe import TrainStage
+from f2llm.train.distillation import Target, distillation_terms
+from f2llm.train.objective import Roles
 from f2llm.train.sampler import Batch, Sampler
 from f2llm.train.sources import SourceRows, load_sources
 from f2llm.train.stage import make_sampler, split
@@ -80,6 +82,13 @@ def load_part(checkpoint: Path, part: str, into: dict[str, Tensor]) -> None:
     named = {f"{part}/{name}": tensor for name, tensor in into.items()}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this process is alone
         load(named, storage_reader=FileSystemReader(checkpoint))
+
+
+def mse_to(teacher_ND: Tensor, vectors_ND: Tensor, roles: Roles) -> Tensor:
+    """The paper's distillation term, from a teacher as wide as the student."""
+    width = vectors_ND.shape[1]
+    target = Target(torch.arange(width))
+    return distillation_terms(vectors_ND, teacher_ND, roles, [width], target, {"mse": 1.0}, 1.0)["mse"]
 
 
 def divided(config: TrainStage, rows_folder: Path) -> tuple[Sampler, Sequence[SourceRows]]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from tests.train.runs import mse_to
 from torch import Tensor
 
 from f2llm.train.objective import (
@@ -14,7 +15,6 @@ from f2llm.train.objective import (
     TEMPERATURE,
     Roles,
     contrastive_terms,
-    distillation_term,
     hard_loss,
     in_batch_loss,
     matryoshka_sizes,
@@ -239,7 +239,7 @@ def test_contrastive_terms_without_hard_negatives(rng: np.random.Generator) -> N
 
 
 @pytest.mark.parametrize("negatives", [0, K])
-def test_distillation_term_add_up_queries_positives_and_negatives(
+def test_distances_to_the_teacher_add_up_queries_positives_and_negatives(
     rng: np.random.Generator, negatives: int
 ) -> None:
     student, teacher = rng.normal(size=(N, D)), rng.normal(size=(N, D))
@@ -248,7 +248,7 @@ def test_distillation_term_add_up_queries_positives_and_negatives(
     for rows in (roles.query_B, roles.positive_B, roles.negative_BK[roles.negative_BK != NONE]):
         if len(rows):
             expected += naive_distillation(student[rows.numpy()], teacher[rows.numpy()])
-    got = distillation_term(torch.from_numpy(student), torch.from_numpy(teacher), roles)
+    got = mse_to(torch.from_numpy(teacher), torch.from_numpy(student), roles)
     assert float(got) == pytest.approx(expected, rel=1e-12)
 
 
@@ -259,7 +259,7 @@ def test_scale_of_the_vectors_moves_only_the_distance_to_the_teacher(rng: np.ran
         assert float(term) == pytest.approx(
             float(contrastive_terms(vectors, roles, [8, D], HOT)[name]), rel=1e-12
         )
-    assert distillation_term(3 * vectors, teacher, roles) > 1.5 * distillation_term(vectors, teacher, roles)
+    assert mse_to(teacher, 3 * vectors, roles) > 1.5 * mse_to(teacher, vectors, roles)
 
 
 # --- Gradients
@@ -306,7 +306,7 @@ def test_gradients_are_right(rng: np.random.Generator) -> None:
 
     def total(vectors: Tensor) -> Tensor:
         terms = contrastive_terms(vectors, roles, [8, D], WARM)
-        return terms["in_batch"] + terms["hard"] + distillation_term(vectors, teacher, roles)
+        return terms["in_batch"] + terms["hard"] + mse_to(teacher, vectors, roles)
 
     assert torch.autograd.gradcheck(total, (vectors,))
 
@@ -336,7 +336,7 @@ def test_gradients_are_the_same_bits_every_time(rng: np.random.Generator) -> Non
     gradients = set()
     for _ in range(4):
         terms = contrastive_terms(vectors, roles, [8, width], torch.tensor(0.05))
-        total = terms["in_batch"] + terms["hard"] + distillation_term(vectors, teacher, roles)
+        total = terms["in_batch"] + terms["hard"] + mse_to(teacher, vectors, roles)
         (gradient,) = torch.autograd.grad(total, vectors)
         gradients.add(gradient.numpy().tobytes())
     assert len(gradients) == 1, "different gradients of the same step"

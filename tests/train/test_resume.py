@@ -72,6 +72,11 @@ def run(make_model: MakeModel, rows_folder: Path) -> Run:
 HELD_OUT = {"rows": 12, "every": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "distilled": {"teacher": "teacher"},
+    "through a projection": {
+        "teacher": "teacher",
+        "distillation": {"terms": {"mse": 1.0, "similarity": 1.0, "ranking": 0.5}, "target": "projection"},
+    },
+    "exits and ranks": {"exits": [1], "table_ranks": [4, 12], "tokens_per_microbatch": 300},
     "averaged": {"ema": 0.9},
     "adapters": {"lora": Lora(rank=2, alpha=4.0)},
     "exact rows": {"embedding_rows": "exact", "validation": Validation(**HELD_OUT)},

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from tests.train.runs import mse_to
 from torch import Tensor
 
 from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder
 from f2llm.model.folder import Model
-from f2llm.train.objective import NONE, Kind, Roles, contrastive_terms, distillation_term, matryoshka_sizes
+from f2llm.train.objective import NONE, Kind, Roles, contrastive_terms, matryoshka_sizes
 from f2llm.train.ranks import ALONE
 from f2llm.train.step import accumulate_gradients, cut, vectors_of
 
@@ -44,7 +45,7 @@ def make_loss(decoder: Decoder, kind: Kind, temperature: Tensor) -> Callable[[Te
 
     def loss_of(vectors_ND: Tensor) -> Tensor:
         terms = contrastive_terms(vectors_ND, roles, sizes, temperature, kind=kind)
-        return torch.stack([*terms.values(), distillation_term(vectors_ND, teacher_ND, roles)]).sum()
+        return torch.stack([*terms.values(), mse_to(teacher_ND, vectors_ND, roles)]).sum()
 
     return loss_of
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tests.train.gloo import on_ranks
+from tests.train.runs import mse_to
 from tests.train.test_ranks import difference, make_decoder, whole
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder
 from f2llm.train.lora import add_lora
-from f2llm.train.objective import NONE, Kind, Roles, contrastive_terms, distillation_term, matryoshka_sizes
+from f2llm.train.objective import NONE, Kind, Roles, contrastive_terms, matryoshka_sizes
 from f2llm.train.ranks import Ranks, shard
 from f2llm.train.step import Ids, accumulate_gradients, cut, vectors_of
 
@@ -115,7 +116,7 @@ def make_loss(case: Case, temperature: Tensor, teacher_ND: Tensor) -> Callable[[
             both_directions=case.both_directions,
         )
         if case.distilled:
-            terms["distillation"] = distillation_term(vectors_ND, teacher_ND, roles)
+            terms["distillation"] = mse_to(teacher_ND, vectors_ND, roles)
         return torch.stack(list(terms.values())).sum()
 
     return loss_of

@@ -28,9 +28,9 @@ from f2llm.recipe import HardNegatives, TrainStage, Validation
 from f2llm.train.sampler import Batch, Sampler
 from f2llm.train.sources import NumberedRows, SourceRows, hold_out, load_sources
 from f2llm.train.stage import make_sampler, split, train_stage
-from f2llm.train.terms import token_ids
+from f2llm.train.terms import Read, token_ids
 from f2llm.train.trainer import train
-from f2llm.train.training import Read, reader_of
+from f2llm.train.training import reader_of
 from f2llm.train.trials import Trial, prepare
 
 CUT = 28  # tokens; leaves a few of every query behind its instruction

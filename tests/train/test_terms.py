@@ -10,9 +10,10 @@ from tests.train.runs import Batches, MakeModel, Settings
 from torch import Tensor
 
 from f2llm.recipe import TrainStage
+from f2llm.train.distillation import Target
 from f2llm.train.objective import NONE
 from f2llm.train.sampler import Batch, Sampler
-from f2llm.train.terms import Terms, make_loss, roles_of, token_ids, trained_sizes
+from f2llm.train.terms import Taught, Terms, make_loss, roles_of, token_ids, trained_sizes
 
 WIDTH, WEIGHT, TEMPERATURE = 24, 0.25, 0.1
 Vectors = dict[str, list[float]]  # by text
@@ -64,13 +65,15 @@ def naive_terms(batch: Batch, vector: Vectors, teacher: Vectors, sizes: list[int
         return mean(squares) if squares else 0.0
 
     together = [text for texts in negatives for text in texts]
-    terms["distillation"] = distance(queries) + distance(positives) + distance(together)
+    terms["teacher_mse"] = distance(queries) + distance(positives) + distance(together)
     return terms
 
 
 @pytest.fixture
 def config(settings: Settings) -> TrainStage:
-    return settings(teacher="teacher", distillation_weight=WEIGHT, temperature=TEMPERATURE, steps=20)
+    return settings(
+        teacher="teacher", distillation={"terms": {"mse": WEIGHT}}, temperature=TEMPERATURE, steps=20
+    )
 
 
 @pytest.mark.parametrize(("source", "names"), [("names", {"in_batch"}), ("kinds", {"hard"})])
@@ -85,19 +88,20 @@ def test_the_loss_is_that_of_a_naive_one(
     draw = torch.Generator().manual_seed(3)
     vectors_ND, teacher_ND = torch.randn(2, len(batch.texts), WIDTH, generator=draw, dtype=torch.float64)
     vectors_ND.requires_grad_()
+    taught = Taught(teacher_ND, Target(torch.arange(WIDTH)))
     terms: Terms = {}
     temperature = torch.tensor(TEMPERATURE, dtype=torch.float64)
-    loss = make_loss(config, batch, teacher_ND, temperature, terms)(vectors_ND)
+    loss = make_loss(config, batch, taught, temperature, terms)(vectors_ND)
 
     vector = dict(zip(batch.texts, vectors_ND.tolist(), strict=True))
     teacher = dict(zip(batch.texts, teacher_ND.tolist(), strict=True))
     sizes = [8, 16, 24] if matryoshka else [24]
     assert trained_sizes(config, WIDTH) == sizes
     expected = naive_terms(batch, vector, teacher, sizes)
-    assert expected.keys() == names | {"distillation"}
+    assert expected.keys() == names | {"teacher_mse"}
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-10)
-    contrastive = sum(value for name, value in expected.items() if name != "distillation")
-    assert loss.item() == pytest.approx(contrastive + WEIGHT * expected["distillation"], rel=1e-10)
+    contrastive = sum(value for name, value in expected.items() if name != "teacher_mse")
+    assert loss.item() == pytest.approx(contrastive + WEIGHT * expected["teacher_mse"], rel=1e-10)
     assert not any(term.requires_grad for term in terms.values())
 
     without: Terms = {}
@@ -111,10 +115,11 @@ def test_the_loss_goes_down_its_gradient(config: TrainStage, batches: Batches) -
     draw = torch.Generator().manual_seed(4)
     vectors_ND, teacher_ND = torch.randn(2, len(batch.texts), WIDTH, generator=draw, dtype=torch.float64)
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    taught = Taught(teacher_ND, Target(torch.arange(WIDTH)))
     way_ND = torch.randn(vectors_ND.shape, generator=draw, dtype=torch.float64)
 
     def loss_at(step: float, warmer: Tensor) -> Tensor:
-        return make_loss(config, batch, teacher_ND, warmer, {})(vectors_ND + step * way_ND)
+        return make_loss(config, batch, taught, warmer, {})(vectors_ND + step * way_ND)
 
     vectors_ND.requires_grad_()
     loss_at(0.0, temperature).backward()

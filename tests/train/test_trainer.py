@@ -22,7 +22,8 @@ from f2llm.train.optim import learning_rate_at
 from f2llm.train.sampler import Sampler
 from f2llm.train.sources import load_sources
 from f2llm.train.stage import make_sampler, train_stage
-from f2llm.train.terms import taught_dimensions, token_ids
+from f2llm.train.teacher import Teacher, taught_dimensions
+from f2llm.train.terms import token_ids
 from f2llm.train.trainer import train
 from f2llm.train.watch import read_log as read_records
 
@@ -59,7 +60,7 @@ def test_training_learns_the_names(
 def test_loss_is_the_sum_of_its_terms(
     settings: Settings, batches: Batches, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    config = settings(teacher="teacher", distillation_weight=0.25, steps=9)
+    config = settings(teacher="teacher", distillation={"terms": {"mse": 0.25}}, steps=9)
     train(config, make_model(), batches(config), make_model(seed=1, hidden_size=30), tmp_path)
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == list(range(9))
@@ -67,7 +68,7 @@ def test_loss_is_the_sum_of_its_terms(
     for line in log:
         assert ("in_batch" in line) == (line["source"] == "names")
         assert ("hard" in line) == (line["source"] != "names")
-        total = line.get("in_batch", 0) + line.get("hard", 0) + 0.25 * line["distillation"]
+        total = line.get("in_batch", 0) + line.get("hard", 0) + 0.25 * line["teacher_mse"]
         assert line["loss"] == pytest.approx(total, rel=1e-6)
         assert line["learning_rate"] == learning_rate_at(config, line["step"])
 
@@ -77,7 +78,7 @@ def test_a_student_of_the_teachers_weights_has_nothing_to_learn_from_it(
 ) -> None:
     config = settings(teacher="teacher", steps=1)
     train(config, make_model(seed=4), batches(config), make_model(seed=4), tmp_path)
-    assert read_log(tmp_path)[0]["distillation"] < 1e-10
+    assert read_log(tmp_path)[0]["teacher_mse"] < 1e-10
 
 
 def test_a_narrower_teacher_is_refused(
@@ -89,6 +90,11 @@ def test_a_narrower_teacher_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def facing(model: Model) -> Teacher:
+    """A model as a teacher whose vectors nobody asks for."""
+    return Teacher(lambda texts: torch.empty(len(texts), 0), model.decoder.config.hidden_size, model.facts)
+
+
 def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
     settings: Settings, make_model: MakeModel
 ) -> None:
@@ -96,17 +102,19 @@ def test_a_cut_student_learns_the_first_dimensions_or_those_that_were_kept(
     kept = [0, 1, 2, 5, 8, 13, 21, 23]
     small = make_model(hidden_size=8)
     student = replace(small, facts=replace(small.facts, kept={"of": "uncut", "hidden": kept}))
-    prefix = settings(teacher="teacher", distillation_target="prefix")
-    assert taught_dimensions(prefix, student, teacher).tolist() == list(range(8))
-    assert taught_dimensions(prefix, small, teacher).tolist() == list(range(8))
-    of_kept = settings(teacher="teacher", distillation_target="kept")
+    prefix = settings(teacher="teacher", distillation={"target": "prefix"})
+    assert taught_dimensions(prefix, student, facing(teacher)) == list(range(8))
+    assert taught_dimensions(prefix, small, facing(teacher)) == list(range(8))
+    of_kept = settings(teacher="teacher", distillation={"target": "kept"})
     for facts in (replace(teacher.facts, identity="uncut"), replace(teacher.facts, parent="uncut")):
         relative = replace(teacher, facts=facts)
-        assert taught_dimensions(of_kept, student, relative).tolist() == kept
+        assert taught_dimensions(of_kept, student, facing(relative)) == kept
     strangers = [(small, teacher), (student, replace(teacher, facts=replace(teacher.facts, identity="x")))]
     for pupil, other in strangers:
         with pytest.raises(UsageError, match="do not correspond; take 'prefix'"):
-            taught_dimensions(of_kept, pupil, replace(other, facts=replace(other.facts, parent="another")))
+            taught_dimensions(
+                of_kept, pupil, facing(replace(other, facts=replace(other.facts, parent="another")))
+            )
 
 
 def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
@@ -123,9 +131,9 @@ def test_a_cut_of_the_teacher_as_it_is_has_nothing_to_learn_of_what_was_kept(
     save_model(tmp_path / "teacher", teacher)
     prune_model(tmp_path / "teacher", tmp_path / "student", calibration=[rows_folder], hidden_size=24 - 3)
     teacher, student = (load_model(tmp_path / name) for name in ("teacher", "student"))
-    config = settings(teacher="teacher", distillation_target="kept", steps=1)
+    config = settings(teacher="teacher", distillation={"target": "kept"}, steps=1)
     train(config, student, batches(config), teacher, tmp_path)
-    assert read_log(tmp_path)[0]["distillation"] < 1e-10
+    assert read_log(tmp_path)[0]["teacher_mse"] < 1e-10
 
 
 def test_the_teacher_stays_as_it_is(

@@ -63,6 +63,9 @@ def merge_models(
         facts[0],
         parent=facts[0].identity if base else None,
         recipe=None,
+        exits=facts[0].exits if all(one.exits == facts[0].exits for one in facts) else [],
+        table_ranks=[],
+        table_rank=None,  # a mean of tables has the ranks of all
         merged={
             "method": method,
             "models": [one.identity for one in facts[-len(models) :]],

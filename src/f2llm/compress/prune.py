@@ -8,10 +8,7 @@ layer.
 Shape suffixes: B rows, N texts, E hidden width, I MLP width.
 """
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +30,7 @@ from f2llm.compress.layerwise import (
 from f2llm.compress.shapes import CLOSE, Candidate, shapes_to_cut, smaller
 from f2llm.data.parts import carry_decontamination
 from f2llm.errors import UsageError
-from f2llm.files import sync_folder
+from f2llm.files import complete_or_not_there
 from f2llm.model.base import Base, read_base
 from f2llm.model.decoder import DecoderConfig, parameters_of
 from f2llm.model.folder import WEIGHTS, ModelFacts, complete_folder, open_weights
@@ -89,7 +86,7 @@ def prune_model(
         F2Error: a base that our decoder cannot compute, or too little room for hidden states beside `out`.
     """
     _check_choices(score, depth, calibration_texts)
-    with _complete_or_not_there(out) as folder:
+    with complete_or_not_there(out) as folder:
         base = read_base(source)
         shape, *others = shapes_to_cut(
             base.config,
@@ -224,20 +221,3 @@ def contrastive_loss(rows: Sequence[Row], sizes: list[int]) -> Loss:
         return contrastive_terms(vectors_NE, roles, sizes, torch.tensor(TEMPERATURE))["in_batch"]
 
     return loss_of
-
-
-@contextmanager
-def _complete_or_not_there(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which takes its name in the end."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"{out} is there already; remove it, or name another folder.")
-    folder = out.with_name(f".{out.name}.part")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    sync_folder(out.parent)

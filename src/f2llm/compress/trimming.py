@@ -18,6 +18,7 @@ from f2llm.files import write_json
 from f2llm.model.base import load_base
 from f2llm.model.folder import ModelFacts, model_size, save_model
 from f2llm.model.prompts import query_prefix
+from f2llm.model.slices import load_basis, save_basis
 
 HELD_OUT = 20
 REPORT_FILE = "vocabulary.json"
@@ -73,6 +74,11 @@ def trim_model(
         lambda some: coverage(whole.tokenizer, small.tokenizer, kept_K, _also_asked(some, prefix)),
     )
     carry_decontamination([Path(model)] if Path(model).is_dir() else [], out)
+    if (
+        Path(model).is_dir()
+        and (basis_EE := load_basis(Path(model), whole.decoder.config.hidden_size)) is not None
+    ):
+        save_basis(out, basis_EE)
     write_json(out / REPORT_FILE, {"kept": kept_K.tolist(), "of": whole.facts.identity})
     facts = save_model(out, small)
     return Trimmed(

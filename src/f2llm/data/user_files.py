@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from f2llm import languages as lang
 from f2llm.data.canonical import convert
-from f2llm.data.readers import read_chunks
+from f2llm.data.readers import Chunk, read_chunks
 from f2llm.data.reading import Reading, misspelt
 from f2llm.data.records import Columns
 from f2llm.data.rows import Format, Source, rows_table, write_rows
@@ -60,11 +60,7 @@ def import_files(
 
 def guess_format(file: Path) -> Format:
     """Retrieval if the first row has a query, clustering if it has a label."""
-    chunk = next(read_chunks(file, [], rows=1), None)
-    if chunk is None:
-        raise UsageError(f"{file} has no rows; give a file with at least one.")
-    for fault in chunk.faults:
-        raise UsageError(fault.sentence(file, chunk.unit))
+    chunk = _first(file)
     for column, form in FORMAT_OF.items():
         if column in chunk.names:
             return form
@@ -72,6 +68,22 @@ def guess_format(file: Path) -> Format:
         f"{file}, {chunk.unit} {chunk.numbers[0]} has the columns {', '.join(map(repr, chunk.names))}, expected "
         "'query' and 'positive', or 'text' and 'label'; rename them."
     )
+
+
+def has_texts_alone(file: Path) -> bool:
+    """Whether it is lines of text, or its first row has a text and neither query nor label."""
+    names = _first(file).names
+    return "text" in names and not FORMAT_OF.keys() & set(names)
+
+
+def _first(file: Path) -> Chunk:
+    """The first row."""
+    chunk = next(read_chunks(file, [], rows=1), None)
+    if chunk is None:
+        raise UsageError(f"{file} has no rows; give a file with at least one.")
+    for fault in chunk.faults:
+        raise UsageError(fault.sentence(file, chunk.unit))
+    return chunk
 
 
 def files_stage(config: FilesStage, name: str, out: Path) -> dict[str, Any]:

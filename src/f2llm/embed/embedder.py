@@ -42,7 +42,7 @@ class Embedder:
         self._model = load_model(Path(path))
         self.facts = self._model.facts
         self.sizes = self.facts.matryoshka_sizes
-        self.dim = self._model.decoder.config.hidden_size
+        self.dim = self.facts.dim or self._model.decoder.config.hidden_size
         self.identity = self.facts.identity
         self.parameters = model_size(self._model.decoder)
 
@@ -143,7 +143,7 @@ class Embedder:
         number: dict[tuple[int, ...], int] = {}
         row_N = [number.setdefault(tuple(sequence), len(number)) for sequence in ids]
         distinct = list(number)
-        vectors_UD = np.empty((len(distinct), self.dim), dtype=np.float32)
+        vectors_UD = np.empty((len(distinct), self._model.decoder.config.hidden_size), dtype=np.float32)
         for batch in token_batches([len(sequence) for sequence in distinct], TOKENS_PER_BATCH):
             vectors_UD[batch] = forward(self._model.decoder, [distinct[i] for i in batch]).numpy()
         return vectors_UD[row_N]

@@ -20,6 +20,13 @@ BASELINES = {
 STRIP_LANGUAGES = 3  # scripts with fewer scored languages share one strip
 COLOURS = 6  # in templates/style.css
 LONGEST_FACT = 30
+# Of a record of a training step, and what the page calls them.
+TEACHERS_TERMS = {
+    "teacher_mse": "squared distance to the teacher",
+    "teacher_cosine": "1 - cosine with the teacher",
+    "teacher_similarity": "divergence from the teacher's similarities",
+    "teacher_ranking": "surprise at the teacher's ranking",
+}
 MOST_POINTS = 300  # of one line of losses; a long run logs far more than a picture can show
 
 Figures = dict[str, Any]
@@ -185,7 +192,7 @@ def loss_panels(logged: dict[str, list[Figures]]) -> list[dict[str, Any]]:
     colours = {source: i % COLOURS for i, source in enumerate(sources)}
     panels = []
     for stage, records in logged.items():
-        for term, title in (("loss", "loss"), ("distillation", "distance to the teacher")):
+        for term, title in (("loss", "loss"), *TEACHERS_TERMS.items()):
             by_source: dict[str, list[tuple[float, float]]] = {}
             for record in records:
                 if "source" in record and term in record:  # a step, not a validation or an alarm

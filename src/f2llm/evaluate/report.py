@@ -127,7 +127,7 @@ def teacher_gains(models: list[Figures], configs: dict[str, Figures]) -> list[Fi
     """Models that differ in having a teacher or none: the two names and accuracies at each size."""
 
     def without_teacher(name: str) -> Figures:
-        return {k: v for k, v in configs[name].items() if not k.startswith(("teacher", "distillation_"))}
+        return {k: v for k, v in configs[name].items() if not k.startswith(("teacher", "distillation"))}
 
     return [
         {

@@ -108,7 +108,7 @@ def export_model(
         )
     facts, config = read_facts(model), read_config(model)
     check_identity(model, facts, config)
-    width = _dim(to, dim, config.hidden_size)
+    width = _dim(to, dim, config.hidden_size if to == "gguf" else facts.dim or config.hidden_size)
     tokenizer = load_tokenizer(model / "tokenizer.json")
     with _new_folder(out) as folder:
         job = Job(model, folder, config, facts, width, precision)

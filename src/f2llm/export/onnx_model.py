@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from f2llm.export.onnx_graph import TINY, Floats, Graph, Linear, float_linear, rows_of
 from f2llm.files import atomic_write
 from f2llm.model.decoder import DecoderConfig, parameters_of
-from f2llm.model.folder import weight_files
+from f2llm.model.folder import read_facts, weight_files
+from f2llm.model.slices import table_basis
 from f2llm.model.tensor_files import open_tensors
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -45,7 +47,8 @@ def write_onnx(
         atomic_write(folder / DATA) if large else nullcontext() as data,
     ):
         graph = Graph(data, DATA)
-        vector = _vectors(graph, config, lambda name: tensors.read(name).numpy(), dim, linear)
+        rank = read_facts(source).table_rank
+        vector = _vectors(graph, config, lambda name: tensors.read(name).numpy(), dim, linear, rank)
         content = graph.model(INPUTS, vector, OUTPUT, ["batch", dim])
     with atomic_write(folder / MODEL) as file:
         file.write(content)
@@ -101,12 +104,13 @@ def _places(graph: Graph) -> _Places:
     )
 
 
-def _vectors(graph: Graph, config: DecoderConfig, read: Read, dim: int, linear: Linear) -> str:
+def _vectors(
+    graph: Graph, config: DecoderConfig, read: Read, dim: int, linear: Linear, rank: int | None
+) -> str:
     """Unit vectors [N, dim]."""
     places = _places(graph)
     ids_T = graph("Gather", _flat(graph, "input_ids"), places.token_T, axis=0)
-    name = "embed_tokens.weight"
-    x_TE = rows_of(graph, ids_T, name, read(name), int8=linear is not float_linear)
+    x_TE = _embedded(graph, ids_T, read, linear, rank)
     rope = _rope_tables(graph, config, places.position_T)
     final = config.num_hidden_layers - 1
     for number in range(config.num_hidden_layers):
@@ -117,6 +121,17 @@ def _vectors(graph: Graph, config: DecoderConfig, read: Read, dim: int, linear: 
     squares_N1 = graph("ReduceSum", graph("Mul", x_NE, x_NE), graph.ints(1), keepdims=1)
     length_N1 = graph("Max", graph("Sqrt", squares_N1), graph.real(TINY))
     return graph("Div", x_NE, length_N1)
+
+
+def _embedded(graph: Graph, ids_T: str, read: Read, linear: Linear, rank: int | None) -> str:
+    """Rows of the embedding table [T, E]; of a table that a slice left with a lower rank, from its two factors."""
+    name, int8 = "embed_tokens.weight", linear is not float_linear
+    table_VE = read(name)
+    if rank is None or rank == table_VE.shape[1]:
+        return rows_of(graph, ids_T, name, table_VE, int8=int8)
+    strongest_ER = table_basis(torch.from_numpy(table_VE))[:, :rank].numpy()
+    rows = rows_of(graph, ids_T, name, table_VE @ strongest_ER, int8=int8)
+    return graph("MatMul", rows, graph.tensor(np.ascontiguousarray(strongest_ER.T), name + "_directions"))
 
 
 def _layer(

@@ -188,6 +188,17 @@ class Layer(nn.Module):
         return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """Smaller models inside a decoder, whose vectors are computed with its own (three-dimensional Matryoshka)."""
+
+    exits: Sequence[int] = ()  # numbers of layers, fewer than all
+    table_EE: Tensor | None = None  # projects rows of the embedding table onto fewer directions
+
+
+WHOLE = Cuts()
+
+
 class Decoder(nn.Module):
     """A Qwen3 decoder that returns one vector per sequence."""
 
@@ -198,7 +209,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, ids_T: Tensor, lengths: Sequence[int], cuts: Cuts = WHOLE) -> Tensor:
         """Vectors of the final tokens, before any normalisation to unit length.
 
         Args:
@@ -206,15 +217,22 @@ class Decoder(nn.Module):
             lengths: number of tokens of each sequence, N of them, adding up to T.
 
         Returns:
-            [N, E] in the weights' dtype, in the order given.
+            [N, E] in the weights' dtype, in the order given; with exits [N, exits * E + E], theirs in front.
         """
         layout = make_layout(lengths, ids_T.device)
         x_TE = self.embed_tokens(ids_T.index_select(0, layout.token_order_T))
+        if cuts.table_EE is not None:
+            x_TE = x_TE @ cuts.table_EE.to(x_TE)
+        left: list[Tensor] = []
         rope = rope_tables(self.config, layout.positions_T, x_TE.dtype)
         final = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x_TE = layer(x_TE, layout, rope, last_only=number == final)
-        return self.norm(x_TE).index_select(0, layout.restore_N)
+            if number + 1 in cuts.exits:
+                left.append(self.norm(x_TE.index_select(0, layout.last_N)))
+        vectors_NE = self.norm(x_TE)
+        together = torch.cat([*left, vectors_NE], dim=1) if left else vectors_NE
+        return together.index_select(0, layout.restore_N)
 
 
 def initialise(decoder: Decoder, generator: torch.Generator) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class ModelFacts:
 
     eos_id: int
     max_length: int  # most tokens of a text in training, EOS included
-    matryoshka_sizes: list[int]  # ascending, the last is the full width
+    matryoshka_sizes: list[int]  # ascending, the last is all that its vectors have
     instruction: str  # default instruction of queries; empty for a model trained without
     template: str = TEMPLATE
     parent: str | None = None  # identity of the model it was trained or cut from
@@ -48,6 +48,12 @@ class ModelFacts:
     merged: dict[str, Any] | None = (
         None  # where it was merged: the method, and identities and weights of models
     )
+    exits: list[int] = field(
+        default_factory=list
+    )  # numbers of layers that were trained to be enough, but for all
+    table_ranks: list[int] = field(default_factory=list)  # ranks of the table that were, but for the full one
+    table_rank: int | None = None  # the table's own, where it was cut
+    dim: int | None = None  # dimensions of the vectors, where they were cut; the hidden width otherwise
     identity: str = ""  # filled in by save_model
     schema_version: int = SCHEMA_VERSION
 
@@ -143,6 +149,7 @@ def _sentence_transformers_files(config: DecoderConfig, facts: ModelFacts) -> di
             "prompts": {"query": query, "document": ""},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
+            **({"truncate_dim": facts.dim} if facts.dim else {}),
         },
     }
 

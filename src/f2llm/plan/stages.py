@@ -27,6 +27,7 @@ from f2llm.plan.cost import (
 from f2llm.plan.shapes import Shapes, sharded
 from f2llm.plan.survey import TOKENS_PER_TEXT, Survey, survey
 from f2llm.recipe import EvaluateStage, IndexStage, PruneStage, Recipe, TokenizerStage, TrainStage
+from f2llm.recipe_fields import is_url
 
 UTILISATION = 0.4  # share of the peak that a training run reaches on real texts, if nothing is known
 
@@ -160,9 +161,10 @@ class _Training:
 
 def _plan_training(name: str, stage: TrainStage, shapes: Shapes, data: Survey, machine: Machine) -> StagePlan:
     config = shapes.of(name)
-    teacher = shapes.of(stage.teacher) if stage.teacher else None
+    teacher = shapes.of(stage.teacher) if stage.teacher and not is_url(stage.teacher) else None
     batch = data.query * stage.batch_size
-    training = _Training(config, stage, batch, teacher)
+    # With a cache the teacher has gone before the first step.
+    training = _Training(config, stage, batch, None if stage.distillation.cache else teacher)
     budget, memory = training.memory(machine)
     steps = stage.steps or math.ceil((stage.epochs or 0) * data.rows / stage.batch_size)
     # All micro-batches but the last are computed once without a graph, and again with one.

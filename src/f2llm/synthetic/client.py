@@ -6,21 +6,16 @@ a temperature, the old name of the limit) is left out from then on once it says 
 
 import asyncio
 import json
-import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
 import httpx2
 
-from f2llm.errors import UsageError
+from f2llm.endpoints import BUSY, NOT_ALLOWED, in_one_line, seconds_to_wait
 from f2llm.progress import say
 from f2llm.synthetic.journal import NO_TOKENS, Tokens
 
-BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-NOT_ALLOWED = {401, 402, 403, 404}
 # Parameters that a server may refuse, and the name that it may know one by.
 OPTIONAL: dict[str, str | None] = {
     "response_format": None,
@@ -68,17 +63,6 @@ Complete = Callable[[str, dict[str, Any], int], Awaitable[Reply]]
 """From a prompt, the JSON schema of the answer and a seed to the reply; raises FailedError."""
 
 
-def api_key(variable: str | None) -> str | None:
-    """The key in an environment variable; UsageError where the variable is named and not there."""
-    if variable is None:
-        return None
-    if not (key := os.environ.get(variable, "").strip()):
-        raise UsageError(
-            f"the environment variable {variable!r} that holds the API key is not set; export it."
-        )
-    return key
-
-
 @asynccontextmanager
 async def endpoint(
     url: str,
@@ -100,9 +84,6 @@ async def endpoint(
     refused: set[str] = set()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=at_once)
-
-    def without_key(text: str) -> str:
-        return text.replace(key, "(key)") if key else text
 
     def body(text: str, schema: dict[str, Any], seed: int) -> dict[str, Any]:
         form = {"name": "answer", "schema": schema, "strict": True}
@@ -136,7 +117,7 @@ async def endpoint(
                 continue
             if answer.status_code == 200:
                 return _reply(answer)
-            detail = " ".join(without_key(answer.text).split())[:200]
+            detail = in_one_line(answer.text, key)
             raise _failure(answer.status_code, answer.headers.get("Retry-After"), detail)
 
     async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=timeout) as client:
@@ -178,19 +159,5 @@ def _reply(answer: httpx2.Response) -> Reply:
 
 def _failure(status: int, retry_after: str | None, detail: str) -> FailedError:
     if status in BUSY:
-        return FailedError(str(status), NO_TOKENS, "again", _seconds(retry_after), detail)
+        return FailedError(str(status), NO_TOKENS, "again", seconds_to_wait(retry_after), detail)
     return FailedError(str(status), NO_TOKENS, "stop" if status in NOT_ALLOWED else "never", None, detail)
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Of a Retry-After header: seconds, or a date; None where it has neither."""
-    if retry_after is None:
-        return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None

@@ -19,13 +19,14 @@ import pyarrow as pa
 
 from f2llm.data.parts import KEPT, REJECT_SCHEMA, REJECTS, Tally, write_part, write_sources
 from f2llm.data.rows import ROWS_FILE, SCHEMA, Source, rows_table
+from f2llm.endpoints import api_key
 from f2llm.files import ROWS_IN_A_GROUP, write_json
 from f2llm.progress import progress, say
 from f2llm.recipe_corpus import SyntheticStage
 from f2llm.synthetic.asking import Asker
 from f2llm.synthetic.budget import Budget
 from f2llm.synthetic.checks import Checks, Encoder, IsOther, Reason, Row, check_languages, columns, make_row
-from f2llm.synthetic.client import Complete, api_key, endpoint
+from f2llm.synthetic.client import Complete, endpoint
 from f2llm.synthetic.generate import Author, Tasks, ask_all
 from f2llm.synthetic.journal import Journal, open_journal
 from f2llm.synthetic.kinds import KINDS, Kind

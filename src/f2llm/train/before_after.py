@@ -5,7 +5,7 @@ Shape suffixes: N texts, D dims, Q questions.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from f2llm.model.folder import Model
 from f2llm.train.own_rows import FEWEST_ROWS
 from f2llm.train.ranks import Ranks
 from f2llm.train.step import vectors_of
-from f2llm.train.terms import token_ids
+from f2llm.train.terms import TEACHER, token_ids
 from f2llm.train.trials import Trial
 from f2llm.train.validate import MEASURES, answers, quality
 
@@ -58,6 +58,8 @@ class Outcome:
     """Texts among which each of them looks."""
     scores: dict[str, Score]
     """On the test rows, by measure, the main one first; empty without test rows."""
+    teacher: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Of each of a teacher's terms the means over the first and over the last tenth of the steps."""
 
 
 def answer(model: Model, trial: Trial, max_length: int, ranks: Ranks) -> Found:
@@ -95,12 +97,15 @@ WANTED = {
 
 def render(outcome: Outcome) -> str:
     """The outcome for people: the table, which weights were kept and why, and where they are."""
-    return "\n".join([*_table(outcome), *_kept(outcome), f"model: {outcome.model}"])
+    return "\n".join([*_table(outcome), *_learnt(outcome), *_kept(outcome), f"model: {outcome.model}"])
 
 
 def _table(outcome: Outcome) -> Iterator[str]:
     if not outcome.scores:
         rows = outcome.rows["train"]
+        if outcome.teacher and not outcome.questions and rows >= FEWEST_ROWS:
+            yield f"no scores: {rows:,} texts that ask nothing of each other, and all were trained on"
+            return
         why = f"{rows:,} rows are too few" if rows < FEWEST_ROWS else "a tenth of the rows asks nothing"
         yield f"no scores: {why}, so none were held out and all were trained on"
         return
@@ -114,6 +119,12 @@ def _table(outcome: Outcome) -> Iterator[str]:
         margin = "" if score.margin is None else f" ± {score.margin:.4f}"
         change = score.after - score.before
         yield f"{LABELS[name]:10}  {score.before:.4f}  {score.after:.4f}  {change:+.4f}{margin}"
+
+
+def _learnt(outcome: Outcome) -> Iterator[str]:
+    for name, (first, last) in outcome.teacher.items():
+        term = name.removeprefix(TEACHER)
+        yield f"teacher's {term}: {first:.4f} in the first tenth of the steps, {last:.4f} in the last"
 
 
 def _kept(outcome: Outcome) -> Iterator[str]:

@@ -116,7 +116,12 @@ def _checkpoints(folder: Path) -> list[str]:
 
 def steps_kept(folder: Path) -> list[int]:
     """The steps of a folder's checkpoints, newest first; whole or damaged."""
-    return [int(name.removeprefix("step-")) for name in _checkpoints(folder)]
+    return [step_of(folder / name) for name in _checkpoints(folder)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps were done when it was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def keep_only(folder: Path, steps: Container[int | None]) -> None:

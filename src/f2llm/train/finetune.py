@@ -17,24 +17,28 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from f2llm.data.rows import Source, rows_table, write_rows
 from f2llm.errors import UsageError
 from f2llm.files import alone_in, read_object, write_json
-from f2llm.model.base import load_base
+from f2llm.model.base import load_base, read_base
 from f2llm.model.folder import FACTS, Model, load_model
 from f2llm.progress import say
-from f2llm.recipe import Lora, TrainStage, Validation, canonical_json
-from f2llm.recipe_fields import Format
+from f2llm.recipe import Distillation, Lora, TrainStage, Validation, canonical_json, wrong_distillation
+from f2llm.recipe_fields import Format, is_url
 from f2llm.train.before_after import Found, Outcome, answer, compare
 from f2llm.train.checkpoint import drop_checkpoints
-from f2llm.train.own_rows import MOST_HELD_OUT, Parts, divide, read_own
+from f2llm.train.own_rows import MOST_HELD_OUT, Parts, asks_nothing, divide, read_own
 from f2llm.train.ranks import Ranks, join, on_main
 from f2llm.train.sources import COLUMNS
 from f2llm.train.stage import train_stage
+from f2llm.train.terms import TEACHER
 from f2llm.train.trials import Trial
 from f2llm.train.validate import best_so_far
-from f2llm.train.watch import read_log
+from f2llm.train.watch import Record, read_log
 
 WORK = ".finetune"  # the folder that an unfinished run has: its rows and its lock
 RESULT = "finetune.json"
@@ -67,6 +71,11 @@ class Choices:
     """Tokens of a text; 512, or the base's limit if that is lower."""
     lora: bool = False
     seed: int = 0
+    teacher: str | None = None
+    """To distil from: a model folder, a hub model, or the URL of an embeddings server; files
+    may then hold texts alone."""
+    distillation: Distillation | None = None
+    """What to learn from the teacher (`distillation_of` says what suits); goes with it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def finetune(
                 data=folder / WORK,
                 base=name,
                 tokenizer=None,
-                teacher=None,
+                teacher=choices.teacher,
                 out=folder,
                 seed=choices.seed,
                 recipe_hash=plan.hash,
@@ -140,7 +149,7 @@ def _prepare(
     """Read everything, refuse what will not do, score the base; nothing is written before that."""
     _check_choices(choices)
     _check_folder(out)
-    rows, content = read_own(files, choices.format)
+    rows, content = read_own(files, choices.format, texts_alone=choices.teacher is not None)
     model = load_base(base)
     instruction = model.facts.instruction if choices.instruction is None else choices.instruction
     rows = replace(rows, source=rows.source.model_copy(update={"instruction": instruction}))
@@ -203,7 +212,53 @@ def _draft(choices: Choices, source: Source, base: str, model: Model) -> TrainSt
         max_length=choices.max_length or min(LONGEST, model.facts.max_length),
         learning_rate=choices.learning_rate or rate,
         lora=Lora() if choices.lora else None,
+        **_taught(choices, asks_nothing(source)),
     )
+
+
+def _taught(choices: Choices, alone: bool) -> dict[str, Any]:
+    """The fields of the training stage that speak of a teacher."""
+    if choices.teacher is None or choices.distillation is None:
+        return {}
+    asked = choices.distillation.model_copy(update={"contrastive": 0.0}) if alone else choices.distillation
+    path = Path(choices.teacher)
+    return {"teacher": str(path.resolve()) if path.is_dir() else choices.teacher, "distillation": asked}
+
+
+def distillation_of(student: str | Path, teacher: str, **settings: Any) -> Distillation:
+    """What a student learns from a teacher: `settings` that are not None, and for the others what suits the two.
+
+    Without `terms` that is the paper's mse, and cosine and similarity from a server, which gives no raw vectors;
+    without a `target` the dimensions that pruning kept where the teacher has them, the first ones where it has enough,
+    and a projection otherwise.
+
+    Raises:
+        UsageError: settings that do not go together.
+    """
+    asked = {name: value for name, value in settings.items() if value is not None}
+    asked.setdefault("terms", {"cosine": 1.0, "similarity": 1.0} if is_url(teacher) else {"mse": 1.0})
+    if "target" not in asked and {"mse", "cosine"} & set(asked["terms"]):
+        asked["target"] = _fitting_target(student, teacher)
+    try:
+        distillation = Distillation(**asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"{'.'.join(map(str, first['loc'][:2]))} of distillation: {first['msg']}, got {first['input']!r:.60}."
+        ) from None
+    if sentence := wrong_distillation(teacher, distillation):
+        raise UsageError(f"{sentence}.")
+    return distillation
+
+
+def _fitting_target(student: str | Path, teacher: str) -> str:
+    if is_url(teacher):
+        return "projection"
+    pupil, known = read_base(student), read_base(teacher)
+    kept = pupil.facts.kept
+    if kept and kept["of"] in (known.facts.identity, known.facts.parent):
+        return "kept"
+    return "prefix" if pupil.config.hidden_size <= known.config.hidden_size else "projection"
 
 
 def _scheduled(draft: TrainStage, parts: Parts, choices: Choices) -> TrainStage:
@@ -258,8 +313,20 @@ def _finish(out: Path, plan: Plan, ranks: Ranks) -> Outcome:
         questions=len(plan.trial.questions) if plan.trial else 0,
         candidates=len(plan.trial.candidate_C) if plan.trial else 0,
         scores=compare(plan.before, after),
+        teacher=_of_teacher(log),
     )
     write_json(out / RESULT, asdict(outcome))
     drop_checkpoints(out / "checkpoints")
     shutil.rmtree(out / WORK)
     return outcome
+
+
+def _of_teacher(log: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Of each of a teacher's terms the means over the first and over the last tenth of the steps."""
+    steps = [record for record in log if "loss" in record]
+    tenth = max(1, len(steps) // 10)
+    names = [name for name in steps[0] if name.startswith(TEACHER)] if steps else []
+    return {
+        name: tuple(sum(record[name] for record in part) / tenth for part in (steps[:tenth], steps[-tenth:]))
+        for name in names
+    }

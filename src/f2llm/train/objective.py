@@ -1,4 +1,4 @@
-"""The training objective, as functions of embeddings; the only place that knows losses.
+"""The contrastive objective, as functions of embeddings.
 
 Two objectives over cosine similarities, both summed over Matryoshka prefixes:
 
@@ -8,8 +8,8 @@ Two objectives over cosine similarities, both summed over Matryoshka prefixes:
 - `joint`: one softmax of a query's positive among all documents of the batch, everybody's hard negatives included
   (retrieval; the other formats keep the hard term), and on request of a positive's query among all queries.
 
-Distillation adds a mean squared error to a teacher's raw vectors. docs/objective.md has the truth table: which pairs
-of query and document stand in which denominator.
+A teacher adds terms of its own (distillation.py). docs/objective.md has the truth table: which pairs of query and
+document stand in which denominator.
 
 Shape suffixes: B queries, C documents, K hard negatives per query, D dims, N vectors, P pairs.
 """
@@ -220,16 +220,3 @@ class _Documents:
         hidden_BC[torch.where(there_BK)[0], torch.searchsorted(row_C, negative_BK[there_BK])] = False
         hidden_BC[query_B, own_B] = False
         return _Documents(row_C, own_B, hidden_BC)
-
-
-def distillation_term(vectors_ND: Tensor, teacher_ND: Tensor, roles: Roles) -> Tensor:
-    """Mean squared error between raw vectors of student and teacher, of equal width.
-
-    Three means over all elements, of queries, positives and hard negatives, added up: a text counts as often as it
-    plays a part.
-    """
-    weight_N = vectors_ND.new_zeros(len(vectors_ND))
-    for part in (roles.query_B, roles.positive_B, roles.negative_BK[roles.negative_BK != NONE]):
-        if len(part):
-            weight_N += torch.bincount(part, minlength=len(weight_N)).to(weight_N.dtype) / len(part)
-    return (weight_N * (vectors_ND - teacher_ND).square().mean(dim=1)).sum()

@@ -6,13 +6,15 @@ of the files. The test rows are taken first, the dev rows from the rest, as the 
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from f2llm.data.rows import Source
-from f2llm.data.user_files import guess_format, import_files
+from f2llm.data.rows import Source, rows_table
+from f2llm.data.user_files import guess_format, has_texts_alone, import_files, iterate_texts
 from f2llm.errors import F2Error, UsageError
+from f2llm.languages import UNKNOWN
 from f2llm.progress import say
 from f2llm.recipe import TrainStage
 from f2llm.recipe_fields import Format
@@ -20,6 +22,7 @@ from f2llm.train.sources import SourceRows, hold_out, load_sources
 from f2llm.train.trials import Trial, prepare
 
 SOURCE = "files"
+TEXTS_ALONE = "learning from a teacher"  # the task of texts without pairs
 FEWEST_ROWS = 40  # a tenth of fewer is nothing to report from
 FEWEST_TO_CHOOSE = 20  # questions; with fewer, the best of several scores is the luckiest one
 MOST_HELD_OUT = 1000  # dev rows, and as many test rows
@@ -35,26 +38,51 @@ class Parts(NamedTuple):
     trial: Trial | None  # what the test rows ask
 
 
-def read_own(files: list[Path], form: Format | None) -> tuple[SourceRows, str]:
+def read_own(files: list[Path], form: Format | None, texts_alone: bool = False) -> tuple[SourceRows, str]:
     """The rows of the files as one source without an instruction, and their number and hash in words.
+
+    Args:
+        texts_alone: whether files may have a column `text` and nothing else, or be lines of a .txt; each text is then
+            its own positive, which is enough to learn a teacher's vectors by.
 
     Raises UsageError for what `import_files` refuses, and for rows among which nothing is to be told apart.
     """
     if not files:
         raise UsageError("no file of rows was given; give one or more.")
+    alone = texts_alone and form is None and has_texts_alone(files[0])
     source = Source(
         name=SOURCE,
-        format=form or guess_format(files[0]),
-        task="fine-tuning",
+        format=form or ("retrieval" if alone else guess_format(files[0])),
+        task=TEXTS_ALONE if alone else "fine-tuning",
         symmetric=False,
         instruction="",
         licence="unknown",
     )
-    table = import_files(files, source)
+    table = _rows_of_texts(files, source) if alone else import_files(files, source)
     rows = load_sources(table, [source], [source.format])[0]
-    _check_rows(rows, ", ".join(map(str, files)))
+    if not alone:
+        _check_rows(rows, ", ".join(map(str, files)))
     content = hashlib.sha256("".join(table["hash"].to_pylist()).encode()).hexdigest()
     return rows, f"{len(rows):,} rows ({content[:16]})"
+
+
+def asks_nothing(source: Source) -> bool:
+    """Whether the rows are texts alone, of which none is the answer to another."""
+    return source.task == TEXTS_ALONE
+
+
+def _rows_of_texts(files: list[Path], source: Source) -> pa.Table:
+    texts = list(dict.fromkeys(text for file in files for text in iterate_texts(file) if text.strip()))
+    if len(texts) < 2:
+        raise UsageError(
+            f"{', '.join(map(str, files))}: expected two or more different texts, got {len(texts)}; give more."
+        )
+    columns: dict[str, list[Any]] = {
+        "query": texts,
+        "positives": [[text] for text in texts],
+        "query_lang": [UNKNOWN] * len(texts),
+    }
+    return rows_table(source, columns)
 
 
 def _check_rows(rows: SourceRows, where: str) -> None:
@@ -97,7 +125,7 @@ def _check_labels(rows: SourceRows, where: str) -> None:
 
 def divide(rows: SourceRows, draft: TrainStage, seed: int, template: str) -> Parts:
     """Training, dev and test rows; a part that is too small for its purpose goes to training."""
-    count = MOST_HELD_OUT if len(rows) >= FEWEST_ROWS else 0
+    count = MOST_HELD_OUT if len(rows) >= FEWEST_ROWS and not asks_nothing(rows.source) else 0
     rest, test = hold_out(rows, count, seed)
     trial = _trial(draft, test, seed, template)
     if not trial:

@@ -10,9 +10,10 @@ from f2llm.data.parts import carry_decontamination
 from f2llm.data.rows import Source, read_rows
 from f2llm.data.token_store import TokenStore, open_store
 from f2llm.data.token_store_format import STORE_FILE
+from f2llm.endpoints import api_key
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import sha256_file
-from f2llm.model.base import load_base
+from f2llm.model.base import Base, load_base, read_base
 from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, model_size, save_model
 from f2llm.model.prompts import TEMPLATE, query_prefix
@@ -20,11 +21,13 @@ from f2llm.model.sanity import check_base
 from f2llm.model.tokenizer import EOS
 from f2llm.progress import say
 from f2llm.recipe import TrainStage
+from f2llm.recipe_fields import is_url
 from f2llm.tokenizer_file import load_tokenizer
 from f2llm.train.checkpoint import drop_checkpoints
 from f2llm.train.ranks import ALONE, Ranks, on_main, same_on_all, whole_weights
 from f2llm.train.sampler import Sampler, prompt_of
 from f2llm.train.sources import SourceRows, hold_out, load_sources
+from f2llm.train.teacher_endpoint import Endpoint
 from f2llm.train.terms import token_ids, trained_sizes
 from f2llm.train.trainer import train
 from f2llm.train.training import reader_of
@@ -50,7 +53,7 @@ def train_stage(
         data: folder of canonical rows, or of the token store made of them, which gives the same weights.
         base: model to start from (see `load_base`), or None for random weights of `config.shape`.
         tokenizer: folder of the tokenizer that random weights start with.
-        teacher: model to distil from, or None.
+        teacher: model or URL to distil from, or None.
         inputs: hashes of what the stage reads, by name; a run is not continued with others, unless `force`.
 
     Returns:
@@ -61,11 +64,11 @@ def train_stage(
     content, sources = (store, store.sources) if store else read_rows(data)
     rows, held_out = split(config, load_sources(content, sources, config.formats), seed)
     model = open_base(config, base, tokenizer, seed, ranks)
-    taught_by = load_base(teacher) if teacher else None
+    taught_by = _teacher(config, teacher) if teacher else None
     if store:
         check_tokenizer(store, model, base or tokenizer, "model")
         check_prompts(store, [part.source for part in rows], config.instructions, model.facts.template)
-    if store and taught_by:
+    if store and isinstance(taught_by, Base):
         check_tokenizer(store, taught_by, teacher, "teacher")
     if config.instructions:
         check_instructions(model, [source.source for source in rows], config.max_length)
@@ -91,6 +94,8 @@ def train_stage(
         parent=model.facts.identity or None,
         recipe=recipe_hash,
         kept=model.facts.kept,
+        exits=config.exits,
+        table_ranks=config.table_ranks,
     )
     whole = Model(whole_weights(model.decoder, ranks), model.tokenizer, facts)
     known = [data] if base is None else [data, Path(base)]
@@ -144,6 +149,14 @@ def open_base(
     return model
 
 
+def _teacher(config: TrainStage, teacher: str | Path) -> Base | Endpoint:
+    if not is_url(str(teacher)):
+        return read_base(teacher)
+    asked = config.distillation
+    assert asked.model is not None  # the recipe sees to it
+    return Endpoint(str(teacher), asked.model, api_key(asked.api_key_env))
+
+
 def check_instructions(model: Model, sources: list[Source], max_length: int) -> None:
     """Refuse an instruction that leaves no token for the query: all queries of its source would be one text."""
     for source in sources:
@@ -155,7 +168,7 @@ def check_instructions(model: Model, sources: list[Source], max_length: int) -> 
             )
 
 
-def check_tokenizer(store: TokenStore, model: Model, folder: str | Path | None, whose: str) -> None:
+def check_tokenizer(store: TokenStore, model: Model | Base, folder: str | Path | None, whose: str) -> None:
     """Refuse token ids that the model's tokenizer would not have given."""
     path = Path(str(folder)) / "tokenizer.json"
     hashes = {hashlib.sha256(model.tokenizer.to_str(pretty=False).encode()).hexdigest()}

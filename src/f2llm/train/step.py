@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from f2llm.model.batches import forward, token_batches
-from f2llm.model.decoder import Decoder
+from f2llm.model.decoder import WHOLE, Cuts, Decoder
 from f2llm.train.ranks import ALONE, Ranks, gather, gathered, sync_gradients
 from f2llm.train.watchdog import watched
 
@@ -79,6 +79,7 @@ def accumulate_gradients(
     tokens_per_microbatch: int,
     ranks: Ranks = ALONE,
     sum_each: bool = False,
+    cuts: Cuts = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of a batch's loss to the decoder's parameters.
 
@@ -89,6 +90,7 @@ def accumulate_gradients(
         tokens_per_microbatch: most tokens computed at once on a rank; a longer text is computed alone.
         sum_each: sum gradients over ranks after every micro-batch, and gather weights for each pass, which costs time
             and spares each rank whole gradients and whole weights (see `memory.sums_each`).
+        cuts: smaller models inside, whose vectors the loss gets too: [N, exits * D + D].
 
     Returns:
         The loss, and the vectors [N, D] that it was taken of, without a graph; on every rank the same.
@@ -99,8 +101,8 @@ def accumulate_gradients(
     with gathered(decoder) if again and not sum_each else nullcontext():
         with watched(ENCODE, ranks):
             with torch.no_grad():
-                parts = [_encode(decoder, ids, micro_batch) for micro_batch in again]
-            kept_MD = _encode(decoder, ids, last)
+                parts = [_encode(decoder, ids, micro_batch, cuts) for micro_batch in again]
+            kept_MD = _encode(decoder, ids, last, cuts)
         vectors_ND = _all_vectors([*parts, kept_MD.detach()], division, ranks).requires_grad_()
         loss = loss_of(vectors_ND)
         loss.backward()
@@ -113,15 +115,15 @@ def accumulate_gradients(
             kept_MD.backward(grad_ND[last])
             for number, micro_batch in enumerate(again, start=1):
                 sync_gradients(decoder, sum_each or number == len(again))
-                _encode(decoder, ids, micro_batch).backward(grad_ND[micro_batch])
+                _encode(decoder, ids, micro_batch, cuts).backward(grad_ND[micro_batch])
     return loss.detach(), vectors_ND.detach()
 
 
-def _encode(decoder: Decoder, ids: Ids, micro_batch: list[int]) -> Tensor:
+def _encode(decoder: Decoder, ids: Ids, micro_batch: list[int], cuts: Cuts = WHOLE) -> Tensor:
     """Raw vectors [M, D]; an empty micro-batch goes through the decoder too, since its collectives wait for all."""
     if not micro_batch:
-        return forward(decoder, DUMMY)[:0]
-    return forward(decoder, [ids[n] for n in micro_batch])
+        return forward(decoder, DUMMY, cuts)[:0]
+    return forward(decoder, [ids[n] for n in micro_batch], cuts)
 
 
 def _all_vectors(parts: list[Tensor], division: Cut, ranks: Ranks) -> Tensor:

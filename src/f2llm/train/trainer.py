@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from f2llm.model.folder import Model
+from f2llm.model.slices import save_basis
 from f2llm.progress import progress, say
 from f2llm.recipe import TrainStage
 from f2llm.train.checkpoint import (
@@ -33,8 +34,10 @@ from f2llm.train.checkpoint import (
     load_checkpoint,
     read_meta,
     save_checkpoint,
+    step_of,
     steps_kept,
 )
+from f2llm.train.distillation import Target
 from f2llm.train.lora import merge_lora
 from f2llm.train.memory import choose_sum_each, tokens_per_microbatch
 from f2llm.train.optim import learning_rate_at
@@ -42,8 +45,9 @@ from f2llm.train.ranks import ALONE, Ranks, on_main
 from f2llm.train.sampler import Batch, Sampler, SourceRows
 from f2llm.train.sources import Text
 from f2llm.train.step import Ids, accumulate_gradients, vectors_of
-from f2llm.train.terms import Terms, make_loss, token_ids
-from f2llm.train.training import Read, Teacher, Training, begin, begin_teacher
+from f2llm.train.teacher import Given, Teacher, fit_projection, open_teacher, target_of
+from f2llm.train.terms import Read, Taught, Terms, make_loss, token_ids
+from f2llm.train.training import Training, begin, check_cuts, cuts_of
 from f2llm.train.trials import Trial, prepare
 from f2llm.train.validate import Best, best_so_far, validate
 from f2llm.train.watch import (
@@ -74,11 +78,13 @@ class Run:
     config: TrainStage  # its `steps` are the run's
     training: Training
     teacher: Teacher | None
+    target: Target | None  # of distillation
     read: Read
     tokens_per_microbatch: int
     sum_each: bool  # see `accumulate_gradients`
     out: Path
     ranks: Ranks
+    seed: int
 
     @property
     def log_file(self) -> Path:
@@ -100,7 +106,7 @@ def train(
     config: TrainStage,
     model: Model,
     sampler: Sampler,
-    teacher: Model | None,
+    teacher: Given | None,
     out: Path,
     *,
     held_out: Sequence[SourceRows] = (),
@@ -113,6 +119,7 @@ def train(
 
     Args:
         sampler: batches of the run; its seed and number of steps hold, also where `config` counts epochs.
+        teacher: to distil from: a model, or a folder or a server to be opened here.
         out: folder of log.jsonl and, until the model is written, of the checkpoints.
         held_out: rows for `config.validation`, by source.
         read: how the texts of `sampler` and `held_out` become token ids.
@@ -171,7 +178,7 @@ def _begin(
     config: TrainStage,
     model: Model,
     sampler: Sampler,
-    teacher: Model | None,
+    teacher: Given | None,
     read: Read,
     out: Path,
     inputs: dict[str, str],
@@ -179,13 +186,20 @@ def _begin(
     ranks: Ranks,
 ) -> tuple[Run, dict[str, Any], int]:
     """All that the loop needs, what checkpoints are to say of the run, and the number of steps done."""
-    training = begin(config, model, sampler.seed, ranks)
-    taught = begin_teacher(config, model, teacher, read, ranks) if teacher else None
+    check_cuts(config, model.decoder.config)
     meta = _meta(config, sampler.seed, inputs, ranks)
-    done = 0
+    then: dict[str, Any] | None = None
     if found := find_checkpoint(out / "checkpoints", ranks):
-        then = read_meta(found)
-        check_same(then, meta, force)
+        check_same(then := read_meta(found), meta, force)
+    # What a teacher's cache lacks is computed before anything else is in memory.
+    taught = None
+    if teacher:
+        taught = open_teacher(config, teacher, sampler, read, ranks, step_of(found) if found else 0)
+    projects = taught is not None and config.distillation.target == "projection"
+    training = begin(config, model, sampler.seed, ranks, taught.width if taught and projects else None)
+    target = target_of(config, training, taught) if taught else None
+    done = 0
+    if found and then:
         done = load_checkpoint(found, training.state())
         # What was chosen is kept: another number would cut batches otherwise, and change last bits.
         budget = config.tokens_per_microbatch or then["tokens_per_microbatch"]
@@ -194,8 +208,10 @@ def _begin(
         most_tokens = _most_tokens(config, model, sampler, read) // ranks.world
         budget = tokens_per_microbatch(model.decoder, config, most_tokens, ranks)
         sum_each = choose_sum_each(model.decoder, config, ranks)
+        if taught and projects:
+            fit_projection(config, training, taught, sampler, read, budget, ranks)
     meta |= {"tokens_per_microbatch": budget, "sum_each": sum_each}
-    return Run(config, training, taught, read, budget, sum_each, out, ranks), meta, done
+    return Run(config, training, taught, target, read, budget, sum_each, out, ranks, sampler.seed), meta, done
 
 
 def _standing(run: Run, done: int) -> tuple[Best, bool]:
@@ -244,14 +260,16 @@ def _step(run: Run, step: int, batch: Batch, ids: Ids) -> tuple[Record, Tensor]:
     optimizer.set_learning_rate(learning_rate)
     optimizer.zero_grad()
     optimizer.prepare(torch.tensor(list(chain.from_iterable(ids))))
-    teacher_ND = None
-    if run.teacher:
-        teacher_ND = run.teacher.vectors(batch.texts, config.max_length, run.tokens_per_microbatch, ranks)
+    taught = None
+    if run.teacher and run.target:
+        taught = Taught(run.teacher.vectors(batch.texts), run.target)
     terms: Terms = {}
-    loss_of = make_loss(config, batch, teacher_ND, training.temperature, terms)
+    loss_of = make_loss(config, batch, taught, training.temperature, terms, config.exits)
+    cuts = cuts_of(config, training, run.seed, step)
     loss, vectors_ND = accumulate_gradients(
-        training.model.decoder, ids, loss_of, run.tokens_per_microbatch, ranks, run.sum_each
+        training.model.decoder, ids, loss_of, run.tokens_per_microbatch, ranks, run.sum_each, cuts
     )
+    vectors_ND = vectors_ND[:, -training.model.decoder.config.hidden_size :]  # those of exits are in front
     norm = optimizer.clip(config.clip_norm)
     check_finite(
         step, loss.item(), norm.item(), run.out.name, source=batch.source, checkpoints=run.checkpoints
@@ -325,6 +343,8 @@ def _leave(run: Run, best: Best) -> None:
     run.training.finish()
     if best.patience and (found := find_checkpoint(run.best_checkpoints, run.ranks)):
         load_checkpoint(found, {"model": decoder.state_dict()})
+    if (basis_EE := run.training.table_basis_EE) is not None:
+        on_main(lambda: save_basis(run.out, basis_EE.cpu()), run.ranks)
     if run.config.lora:
         merge_lora(decoder)
     decoder.eval()
@@ -340,6 +360,8 @@ def _most_tokens(config: TrainStage, model: Model, sampler: Sampler, read: Read)
 def _meta(config: TrainStage, seed: int, inputs: dict[str, str], ranks: Ranks) -> dict[str, Any]:
     """What a checkpoint says of its run: what must not change when it goes on, and what may."""
     recipe = config.model_dump(mode="json", exclude=NOT_COMPUTED)
+    # Where a teacher's vectors are kept decides nothing, but that they are kept does: it rounds them.
+    recipe["distillation"] |= {"cache": config.distillation.cache is not None, "api_key_env": None}
     versions = {library: version(library) for library in ("f2llm", "torch", "tokenizers")}
     may_differ = {"ranks": ranks.world, "threads": torch.get_num_threads(), "device": ranks.device.type}
     return {

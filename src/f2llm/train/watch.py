@@ -253,6 +253,12 @@ FEWEST = 16  # vectors and dimensions; fewer have a low rank by nature
 SETTLED = 100  # steps that a run may take to spread out, or its warm-up if that is longer
 
 
+def has_collapsed(found: Spread) -> bool:
+    """Whether vectors of finished models, of texts that mean different things, are beyond any bound."""
+    beyond = found.mean_cosine > COLLAPSED.mean_cosine or found.effective_rank < COLLAPSED.effective_rank
+    return found.full_rank >= FEWEST and beyond
+
+
 def check_spread(
     now: Spread, *, step: int, warmup_steps: int, where: str, ongoing: bool = False
 ) -> str | None:
