@@ -54,7 +54,7 @@ class FakeModel:
         self.vectors = vectors
         self.asked: dict[str | None, list[str]] = {}
 
-    def encode(self, texts: list[str], *, prompt: str | None, normalize: bool) -> np.ndarray:
+    def encode(self, texts: list[str], *, prompt: str | None, normalize: bool, too_long: str) -> np.ndarray:
         assert not normalize  # sizes are cut from raw vectors
         self.asked.setdefault(prompt, []).extend(texts)
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)

@@ -19,6 +19,7 @@ from f2llm.evaluate.baselines import baseline_ranks
 from f2llm.evaluate.exam import MIN_QUERIES, Exam, Floats, Integers, chunks, ranks, read_exam
 from f2llm.files import write_json
 from f2llm.languages import script
+from f2llm.model.tokenizer import TooLong
 from f2llm.progress import Bar, progress
 from f2llm.recipe import EvaluateStage
 
@@ -34,7 +35,9 @@ class Model(Protocol):
     sizes: list[int]
     parameters: int
 
-    def encode(self, texts: list[str], *, prompt: str | None, normalize: bool) -> Floats: ...
+    def encode(
+        self, texts: list[str], *, prompt: str | None, normalize: bool, too_long: TooLong
+    ) -> Floats: ...
 
     def tokens(self, texts: list[str], prompt: str | None) -> int: ...
 
@@ -128,7 +131,8 @@ def score_model(name: str, model: Model, exam: Exam) -> tuple[dict[str, Any], fl
 def _encode(model: Model, texts: list[str], prompt: Literal["query", "document"], bar: Bar) -> Floats:
     parts = []
     for chunk in chunks(len(texts), CHUNK):
-        parts.append(model.encode(texts[chunk], prompt=prompt, normalize=False))
+        # A trimmed vocabulary takes more tokens for a name than training saw; it is cut, as training would.
+        parts.append(model.encode(texts[chunk], prompt=prompt, normalize=False, too_long="truncate"))
         bar.advance(len(texts[chunk]))
     return np.concatenate(parts)
 
