@@ -5,20 +5,35 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from f2llm.errors import F2Error
+from f2llm.model.decoder import parameters_of
+from f2llm.model.folder import load_decoder
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 FIGURE_KEYS = ["name", "ours", "peer", "ratio", "bar", "better", "met", "status"]
 
 # Every figure a benchmark promises, its bar and which way is better.
 PROMISED = {
+    "compress": {
+        "million parameters of an 80M model trimmed to 20 languages": (50, "lower"),
+        "share of texts whose tokens were all kept, 20 languages of the EU": (0.99, "higher"),
+        "share of texts whose tokens were all kept, the worst language of the EU": (None, "higher"),
+        "share of such texts whose vectors are the same to the bit": (1.0, "higher"),
+        "share of texts whose tokens were all kept, 20 languages with most text": (None, "higher"),
+        "share of texts whose tokens were all kept, the worst language with most text": (None, "higher"),
+        "peak memory in GB of pruning the 4B shape": (6, "lower"),
+        "seconds of pruning the 4B shape": (None, "lower"),
+        "seconds of a step with a cached teacher, peer a teacher beside the student": (0.25, "lower"),
+        "relative difference of the loss with a cached teacher": (None, "lower"),
+    },
     "data": {
         "tokens/s of building, peer tokenizers' encode_batch alone": (0.85, "higher"),
         "seconds to open a store of ten million documents": (0.1, "lower"),
@@ -240,6 +255,51 @@ def test_real_texts_come_from_every_file(shared: Path) -> None:
     assert origin == "shared/data: retrieval (positive)"
     contents = [set(pq.read_table(path, columns=["positive"])["positive"].to_pylist()) for path in paths]
     assert all(any(text in content for text in texts) for content in contents)
+
+
+@pytest.mark.slow
+def test_compress() -> None:
+    result = json.loads(run_script("benchmarks/compress.py", "--small")[-1])
+    check_form("compress", result)
+    assert all(figure["status"] == "measured" for figure in result["figures"])
+    figures = {figure["name"]: figure["ours"] for figure in result["figures"]}
+    assert figures["share of such texts whose vectors are the same to the bit"] == 1.0
+    assert figures["relative difference of the loss with a cached teacher"] < 1e-3
+    assert result["inputs"]["pruning"]["parameters_kept"] < result["inputs"]["pruning"]["parameters"]
+    assert result["inputs"]["teacher"]["texts"] == 27
+
+
+@pytest.mark.parametrize("budget", [40_000_000, 50_000_000, 79_999_999])
+def test_the_largest_vocabulary_within_a_budget(budget: int) -> None:
+    from inputs import FULL
+    from trimmed_vocabulary import tokens_within
+
+    tokens = tokens_within(budget, FULL)
+    below, above = (parameters_of(replace(FULL.decoder, vocab_size=count)) for count in (tokens, tokens + 1))
+    assert below <= budget < above
+
+
+def test_tags_of_one_language_are_put_together() -> None:
+    from trimmed_vocabulary import EU, MOST, _language
+
+    eu, most = (dict.fromkeys(choice.split()) for choice in (EU, MOST))
+    assert len(eu) == len(most) == 20
+    tags = ("eng_Latn", "zho_Hans", "cmn", "arb", "pes", "swh", "gla")
+    assert [_language(tag, most) for tag in tags] == ["eng", "zho", "zho", "ara", "fas", "swa", "gla"]
+    assert _language("hrv", eu) == "hrv"  # although it is one of a macrolanguage's, too
+
+
+def test_a_model_written_shard_by_shard_is_one_of_its_shape(tmp_path: Path) -> None:
+    from inputs import SMALL
+    from prune_memory import write_model
+
+    write_model(tmp_path / "large", SMALL.decoder)
+    assert len(list((tmp_path / "large").glob("*.safetensors"))) == SMALL.decoder.num_hidden_layers + 2
+    decoder = load_decoder(tmp_path / "large")
+    assert decoder.config == SMALL.decoder
+    one, other = (decoder.state_dict()[f"layers.{layer}.mlp.up_proj.weight"] for layer in (0, 1))
+    assert not torch.equal(one, other)
+    assert one.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.slow

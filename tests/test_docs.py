@@ -22,7 +22,8 @@ from torch.distributed.run import get_args_parser
 
 from f2llm.cli import app
 from f2llm.plan.stages import Machine, plan
-from f2llm.recipe import TrainStage, load
+from f2llm.recipe import load
+from f2llm.recipe_train import TrainStage
 from f2llm.train import memory, trainer, watchdog
 
 ROOT = Path(__file__).resolve().parents[1]

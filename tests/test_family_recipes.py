@@ -12,7 +12,8 @@ from f2llm.model.decoder import Decoder, DecoderConfig, initialise
 from f2llm.model.folder import Model, ModelFacts, load_model, save_model
 from f2llm.model.tokenizer import EOS
 from f2llm.plan.stages import Machine, plan
-from f2llm.recipe import PruneStage, Recipe, TrainStage, load
+from f2llm.recipe import PruneStage, Recipe, load
+from f2llm.recipe_train import TrainStage
 from f2llm.train.stage import train_stage
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from f2llm.errors import UsageError
-from f2llm.recipe import Recipe, TrainStage, inputs, load, recipe_hash
+from f2llm.recipe import Recipe, inputs, load, recipe_hash
+from f2llm.recipe_train import TrainStage
 from f2llm.yaml_lines import read_yaml
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"

@@ -31,6 +31,7 @@ HEIGHTS = (
         "recipe_errors",
         "recipe_fields",
         "recipe_models",
+        "recipe_train",
         "yaml_lines",
         "engine",
         "tokenizer_file",

@@ -30,13 +30,7 @@ from f2llm.engine import using
 from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.files import alone_in, read_json, sha256_file, sha256_folder, write_json, write_text
 from f2llm.progress import say
-from f2llm.recipe import (
-    Recipe,
-    Stage,
-    canonical_json,
-    inputs,
-    recipe_hash,
-)
+from f2llm.recipe import Recipe, Stage, canonical_json, inputs, recipe_hash
 from f2llm.recipe_fields import Input
 from f2llm.runtime import peak_memory
 from f2llm.stages import STAGES, Context, Inputs, files_beside

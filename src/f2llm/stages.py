@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm.progress import say
-from f2llm.recipe import (
-    EvaluateStage,
-    IndexStage,
-    PruneStage,
-    TokenizerStage,
-    TrainStage,
-)
+from f2llm.recipe import EvaluateStage, IndexStage, PruneStage, TokenizerStage
 from f2llm.recipe_corpus import (
     CleanStage,
     DecontaminateStage,
@@ -26,6 +20,7 @@ from f2llm.recipe_corpus import (
 )
 from f2llm.recipe_data import FilesStage, NamesStage
 from f2llm.recipe_models import ExportStage, MergeStage, SliceStage, TrimStage
+from f2llm.recipe_train import TrainStage
 
 if TYPE_CHECKING:
     from f2llm.train.ranks import Ranks

@@ -18,7 +18,7 @@ from f2llm.model.batches import forward
 from f2llm.model.decoder import Cuts
 from f2llm.model.folder import Model, load_model, save_model
 from f2llm.model.slices import load_basis, onto_rank, save_basis, table_basis
-from f2llm.recipe import HardNegatives, TrainStage
+from f2llm.recipe_train import HardNegatives, TrainStage
 from f2llm.train.sampler import Sampler, load_sources
 from f2llm.train.stage import make_sampler, train_stage
 from f2llm.train.terms import Terms, make_loss, token_ids

@@ -35,8 +35,9 @@ from f2llm.data.rows import ROWS_FILE, Source, row_hash, rows_table
 from f2llm.engine import Engine, using
 from f2llm.errors import F2Error, UsageError
 from f2llm.files import read_json, sha256_folder
-from f2llm.recipe import PruneStage, TrainStage
+from f2llm.recipe import PruneStage
 from f2llm.recipe_corpus import CleanStage, Contamination, DecontaminateStage, Limits
+from f2llm.recipe_train import TrainStage
 from f2llm.rng import generator
 from f2llm.train.stage import train_stage
 

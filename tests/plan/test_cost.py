@@ -25,7 +25,7 @@ from f2llm.plan.cost import (
     saved_bytes,
     training_flops,
 )
-from f2llm.recipe import Lora, TrainStage
+from f2llm.recipe_train import Lora, TrainStage
 from f2llm.train.ranks import Ranks, shard
 from f2llm.train.step import accumulate_gradients
 

@@ -16,7 +16,7 @@ from f2llm.files import write_text
 from f2llm.model.prompts import query_prefix
 from f2llm.plan.cost import Load
 from f2llm.plan.survey import ROWS, survey
-from f2llm.recipe import HardNegatives, TrainStage, Validation
+from f2llm.recipe_train import HardNegatives, TrainStage, Validation
 from f2llm.train.sources import load_sources
 from f2llm.train.stage import make_sampler
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from f2llm.data.rows import read_rows
-from f2llm.recipe import HardNegatives, TrainStage
+from f2llm.recipe_train import HardNegatives, TrainStage
 from f2llm.train.sampler import Sampler, load_sources
 from f2llm.train.stage import make_sampler
 

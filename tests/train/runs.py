@@ -11,7 +11,7 @@ from torch import Tensor
 
 from f2llm.data.rows import read_rows
 from f2llm.model.folder import Model
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.distillation import Target, distillation_terms
 from f2llm.train.objective import Roles
 from f2llm.train.sampler import Batch, Sampler

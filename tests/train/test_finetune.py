@@ -22,7 +22,7 @@ from tests.train.runs import Stopped, interrupt
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.folder import Model, load_model, save_model
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.before_after import Found, Outcome, answer, compare, render
 from f2llm.train.finetune import WORK, Choices, finetune
 from f2llm.train.sampler import Sampler

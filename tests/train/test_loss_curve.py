@@ -16,7 +16,7 @@ import torch
 
 from f2llm.model.decoder import initialise
 from f2llm.model.folder import Model
-from f2llm.recipe import HardNegatives, TrainStage
+from f2llm.recipe_train import HardNegatives, TrainStage
 from f2llm.train.sampler import Sampler
 from f2llm.train.trainer import train
 from f2llm.train.watch import read_log

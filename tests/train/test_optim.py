@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.decoder import Decoder, DecoderConfig
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.optim import Average, Optimizer, learning_rate_at, make_optimizer, steps_that_move
 from f2llm.train.ranks import Ranks, shard
 

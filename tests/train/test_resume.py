@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from f2llm.errors import F2Error, UsageError
-from f2llm.recipe import Lora, Shape, TrainStage, Validation
+from f2llm.recipe_train import Lora, Shape, TrainStage, Validation
 from f2llm.train import trainer
 from f2llm.train.checkpoint import find_checkpoint
 from f2llm.train.ranks import ALONE
@@ -294,7 +294,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.stage import train_stage
 
 torch.set_num_threads(2)

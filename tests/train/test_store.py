@@ -24,7 +24,7 @@ from f2llm.engine import Engine, using
 from f2llm.errors import UsageError
 from f2llm.model.folder import load_model, save_model
 from f2llm.model.prompts import query_prefix
-from f2llm.recipe import HardNegatives, TrainStage, Validation
+from f2llm.recipe_train import HardNegatives, TrainStage, Validation
 from f2llm.train.sampler import Batch, Sampler
 from f2llm.train.sources import NumberedRows, SourceRows, hold_out, load_sources
 from f2llm.train.stage import make_sampler, split, train_stage

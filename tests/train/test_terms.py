@@ -9,7 +9,7 @@ import torch
 from tests.train.runs import Batches, MakeModel, Settings
 from torch import Tensor
 
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.distillation import Target
 from f2llm.train.objective import NONE
 from f2llm.train.sampler import Batch, Sampler

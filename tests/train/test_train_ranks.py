@@ -15,7 +15,7 @@ from tests.train.runs import steps_of, validations_of
 from f2llm.errors import UsageError
 from f2llm.files import sha256_folder
 from f2llm.model.folder import load_model, save_model
-from f2llm.recipe import Lora, TrainStage, Validation
+from f2llm.recipe_train import Lora, TrainStage, Validation
 from f2llm.train import stage
 from f2llm.train.ranks import ALONE, Ranks
 from f2llm.train.stage import train_stage

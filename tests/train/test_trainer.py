@@ -15,8 +15,8 @@ from f2llm.compress.prune import prune_model
 from f2llm.data.rows import read_rows
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.folder import Model, load_model, save_model
-from f2llm.recipe import Shape, TrainStage
 from f2llm.recipe_fields import FORMATS
+from f2llm.recipe_train import Shape, TrainStage
 from f2llm.tokenizer_file import load_tokenizer
 from f2llm.train.optim import learning_rate_at
 from f2llm.train.sampler import Sampler

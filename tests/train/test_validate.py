@@ -15,7 +15,7 @@ from torch import Tensor
 
 from f2llm.data.rows import Source, read_rows, rows_table
 from f2llm.errors import F2Error
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.rng import generator
 from f2llm.train.sampler import Batch
 from f2llm.train.sources import SourceRows, load_sources

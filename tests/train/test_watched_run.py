@@ -29,7 +29,7 @@ from torch import Tensor
 from f2llm.data.rows import read_rows
 from f2llm.model.batches import forward
 from f2llm.model.folder import Model, save_model
-from f2llm.recipe import TrainStage, Validation
+from f2llm.recipe_train import TrainStage, Validation
 from f2llm.train import stage, trainer
 from f2llm.train.sampler import Sampler
 from f2llm.train.sources import load_sources

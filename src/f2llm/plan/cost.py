@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from f2llm.model.decoder import DecoderConfig
-from f2llm.recipe import Lora, TrainStage
+from f2llm.recipe_train import Lora, TrainStage
 from f2llm.train.memory import FP32, sums_each
 from f2llm.train.objective import SCORES_AT_ONCE, matryoshka_sizes
 

@@ -19,7 +19,8 @@ from f2llm.family import FAMILY, size_in
 from f2llm.files import read_object
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json
 from f2llm.plan.cost import Sharded, lora_parameters
-from f2llm.recipe import PruneStage, Recipe, TokenizerStage, TrainStage
+from f2llm.recipe import PruneStage, Recipe, TokenizerStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.ranks import Ranks, shard
 
 

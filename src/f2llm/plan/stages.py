@@ -26,8 +26,9 @@ from f2llm.plan.cost import (
 )
 from f2llm.plan.shapes import Shapes, sharded
 from f2llm.plan.survey import TOKENS_PER_TEXT, Survey, survey
-from f2llm.recipe import EvaluateStage, IndexStage, PruneStage, Recipe, TokenizerStage, TrainStage
+from f2llm.recipe import EvaluateStage, IndexStage, PruneStage, Recipe, TokenizerStage
 from f2llm.recipe_fields import is_url
+from f2llm.recipe_train import TrainStage
 
 UTILISATION = 0.4  # share of the peak that a training run reaches on real texts, if nothing is known
 

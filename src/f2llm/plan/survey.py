@@ -25,7 +25,7 @@ from f2llm.family import STAGES
 from f2llm.files import read_json
 from f2llm.model.prompts import query_prefix
 from f2llm.plan.cost import Load
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.rng import generator
 from f2llm.tokenizer_file import load_tokenizer
 from f2llm.train.sources import LARGEST_SHARE, Text

@@ -27,8 +27,9 @@ from f2llm.files import alone_in, read_object, write_json
 from f2llm.model.base import load_base, read_base
 from f2llm.model.folder import FACTS, Model, load_model
 from f2llm.progress import say
-from f2llm.recipe import Distillation, Lora, TrainStage, Validation, canonical_json, wrong_distillation
+from f2llm.recipe import canonical_json
 from f2llm.recipe_fields import Format, is_url
+from f2llm.recipe_train import Distillation, Lora, TrainStage, Validation, wrong_distillation
 from f2llm.train.before_after import Found, Outcome, answer, compare
 from f2llm.train.checkpoint import drop_checkpoints
 from f2llm.train.own_rows import MOST_HELD_OUT, Parts, asks_nothing, divide, read_own

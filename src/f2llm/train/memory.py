@@ -17,7 +17,7 @@ from f2llm.errors import F2Error
 from f2llm.model.batches import forward
 from f2llm.model.decoder import Decoder
 from f2llm.progress import say
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.optim import is_sharded
 from f2llm.train.ranks import Ranks, collect
 from f2llm.train.training import precision_of

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.decoder import Decoder
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 
 BETA1, BETA2 = 0.9, 0.98
 EPS = 1e-8

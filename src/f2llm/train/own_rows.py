@@ -16,8 +16,8 @@ from f2llm.data.user_files import guess_format, has_texts_alone, import_files, i
 from f2llm.errors import F2Error, UsageError
 from f2llm.languages import UNKNOWN
 from f2llm.progress import say
-from f2llm.recipe import TrainStage
 from f2llm.recipe_fields import Format
+from f2llm.recipe_train import TrainStage
 from f2llm.train.sources import SourceRows, hold_out, load_sources
 from f2llm.train.trials import Trial, prepare
 

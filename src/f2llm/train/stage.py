@@ -20,8 +20,8 @@ from f2llm.model.prompts import TEMPLATE, query_prefix
 from f2llm.model.sanity import check_base
 from f2llm.model.tokenizer import EOS
 from f2llm.progress import say
-from f2llm.recipe import TrainStage
 from f2llm.recipe_fields import is_url
+from f2llm.recipe_train import TrainStage
 from f2llm.tokenizer_file import load_tokenizer
 from f2llm.train.checkpoint import drop_checkpoints
 from f2llm.train.ranks import ALONE, Ranks, on_main, same_on_all, whole_weights

@@ -21,7 +21,7 @@ from f2llm.errors import UsageError
 from f2llm.model.base import Base
 from f2llm.model.folder import Model, ModelFacts, load_decoder
 from f2llm.progress import progress, say
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.distillation import Target
 from f2llm.train.ranks import Ranks, on_main, shard
 from f2llm.train.sampler import Sampler

@@ -12,7 +12,7 @@ from torch import Tensor
 from f2llm.model.base import Base
 from f2llm.model.folder import Model
 from f2llm.model.tokenizer import encode
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.distillation import Target, distillation_terms, sum_of
 from f2llm.train.objective import Roles, contrastive_terms, matryoshka_sizes
 from f2llm.train.sampler import Batch

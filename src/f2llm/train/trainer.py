@@ -24,7 +24,7 @@ from torch import Tensor
 from f2llm.model.folder import Model
 from f2llm.model.slices import save_basis
 from f2llm.progress import progress, say
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.checkpoint import (
     MAY_DIFFER,
     MUST_MATCH,

@@ -18,7 +18,7 @@ from f2llm.model.base import Base
 from f2llm.model.decoder import Cuts, DecoderConfig
 from f2llm.model.folder import Model
 from f2llm.model.slices import onto_rank, table_basis
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.rng import generator
 from f2llm.train.lora import add_lora
 from f2llm.train.optim import Average, Optimizer, make_optimizer

@@ -23,7 +23,7 @@ import numpy as np
 
 from f2llm.errors import F2Error
 from f2llm.model.prompts import TEMPLATE
-from f2llm.recipe import TrainStage
+from f2llm.recipe_train import TrainStage
 from f2llm.train.sampler import Batch, Sampler, prompt_of
 from f2llm.train.sources import SourceRows, Text
 
