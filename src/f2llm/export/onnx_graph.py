@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from f2llm.export.runtimes import require
 
-OPSET, IR_VERSION = 17, 8
+OPSET, IR_VERSION = 23, 11
 ALIGNMENT = 4096  # of tensors in the data file, so that a runtime can map them
 TINY = float(np.finfo(np.float32).tiny)  # instead of zero, where it is divided by
 SMALL = 64  # bytes of a constant that is looked up by content
@@ -117,18 +117,24 @@ def int8_linear(graph: Graph, x: str, name: str, weight_OI: Floats) -> str:
     depend on the texts beside it. Weights keep to 7 bits: two products of 8 bits overflow the 16 in which processors
     with AVX2 alone add them.
     """
-    largest = graph("ReduceMax", graph("Abs", x), axes=[-1], keepdims=1)
-    scale_T1 = graph("Max", graph("Div", largest, graph.real(127)), graph.real(TINY))
-    shifted = graph("Add", graph("Round", graph("Div", x, scale_T1)), graph.real(128))
+    most_T = graph("Max", _extreme(graph, "ReduceMax", x), graph("Neg", _extreme(graph, "ReduceMin", x)))
+    scale_T = graph("Max", graph("Mul", most_T, graph.real(1 / 127)), graph.real(TINY))
+    zero = graph.tensor(np.array(128, np.uint8))
+    zero_T = graph("Expand", zero, graph("Shape", scale_T))
     weight_IO, scale_O = quantised(weight_OI, 63)
     product = graph(
         "MatMulInteger",
-        graph.cast(shifted, "UINT8"),
+        graph("QuantizeLinear", x, scale_T, zero_T, axis=0),
         graph.tensor(weight_IO.T, name),
-        graph.tensor(np.array(128, np.uint8)),
+        zero,
     )
-    scaled = graph("Mul", graph.cast(product, "FLOAT"), scale_T1)
+    scaled = graph("DequantizeLinear", product, scale_T, axis=0)
     return graph("Mul", scaled, graph.tensor(scale_O[:, 0], name + "_scale"))
+
+
+def _extreme(graph: Graph, op: str, x: str) -> str:
+    """Largest or smallest number of each row."""
+    return graph(op, x, graph.ints(-1), keepdims=0)
 
 
 def int8_weight_linear(graph: Graph, x: str, name: str, weight_OI: Floats) -> str:

@@ -12,6 +12,7 @@ heads, G key/value heads, R = H / G, D head width, E hidden width, Q = L, or 1 i
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 MOST_IN_ONE_FILE = 1 << 30  # bytes; a protobuf message ends at 2 GiB
 INPUTS = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
 OUTPUT = "sentence_embedding"
-MASKED = -1e9  # finite, so that a row of padding alone gives no NaN
+BLOCKS = 4
 
 Read = Callable[[str], Floats]
 
@@ -58,49 +59,45 @@ def write_onnx(
 class _Places:
     """Where the tokens are; names of values."""
 
-    token_T: str  # place of each token in the rectangle
-    of_place_B: str  # token at each place; some other one's at padding
+    given_T: str  # place of each token in the caller's rectangle
+    token_T: str  # place of each token in ours, where padding stands on the right
+    of_place_B: str  # token at each of our places; some other one's at padding
     position_T: str  # of each token in its text
     last_N: str  # token that is pooled
     shape_N: str  # [1]: N
     shape_L: str  # [1]: L
-    bias: str  # [N, 1, 1, L, L]: what to add to scores
-    bias_last: str  # [N, 1, 1, 1, L]: the same for final tokens, which may see all
+    earlier_LL: str  # what a token may see; with padding on the right, nothing else needs to be hidden from it
+    real_NL: str  # [N, 1, 1, L]: what a final token may see
 
 
 def _places(graph: Graph) -> _Places:
     shape_N = graph("Shape", "input_ids", start=0, end=1)
     shape_L = graph("Shape", "input_ids", start=1, end=2)
-    mask_NL = graph.cast("attention_mask", "INT64")
-    real_NL = graph.cast(mask_NL, "BOOL")
-    mask_B = _flat(graph, mask_NL)
+    mask_NL = graph.cast(graph.cast("attention_mask", "BOOL"), "INT64")
     one, zero = graph.whole(1), graph.whole(0)
-
-    def counted(mask: str, axis: int) -> str:
-        return graph("Max", graph("Sub", graph("CumSum", mask, graph.whole(axis)), one), zero)
-
-    token_T = graph("Squeeze", graph("NonZero", mask_B), graph.ints(0))
-    of_place_B = counted(mask_B, 0)
+    given_T = graph("Squeeze", graph("NonZero", _flat(graph, mask_NL)), graph.ints(0))
     column_L = graph("Range", zero, graph("Squeeze", shape_L), one)
     row_N = graph("Range", zero, graph("Squeeze", shape_N), one)
-    final_N = graph("ArgMax", graph("Mul", mask_NL, graph("Add", column_L, one)), axis=1, keepdims=0)
-    place_N = graph("Add", graph("Mul", row_N, graph("Squeeze", shape_L)), final_N)
-    earlier_LL = graph("LessOrEqual", column_L, graph("Unsqueeze", column_L, graph.ints(1)))
-    visible_NLL = graph("And", earlier_LL, graph("Unsqueeze", real_NL, graph.ints(1)))
+    length_N1 = graph("ReduceSum", mask_NL, graph.ints(1), keepdims=1)
+    first_N1 = graph("CumSum", length_N1, zero, exclusive=1)
+    final_N1 = graph("Sub", graph("Add", first_N1, length_N1), one)
+    position_NL = graph("Sub", graph("CumSum", mask_NL, one), one)
+    width = graph("Squeeze", shape_L)
+    place_NL = graph("Add", graph("Unsqueeze", graph("Mul", row_N, width), graph.ints(1)), position_NL)
 
-    def bias(visible: str, axes: tuple[int, ...]) -> str:
-        added = graph("Where", visible, graph.real(0), graph.real(MASKED))
-        return graph("Unsqueeze", added, graph.ints(*axes))
+    def of_tokens(x_NL: str) -> str:
+        return graph("Gather", _flat(graph, x_NL), given_T, axis=0)
 
     return _Places(
-        token_T=token_T,
-        of_place_B=of_place_B,
-        position_T=graph("Gather", _flat(graph, counted(mask_NL, 1)), token_T, axis=0),
-        last_N=graph("Gather", of_place_B, place_N, axis=0),
+        given_T=given_T,
+        token_T=of_tokens(place_NL),
+        of_place_B=_flat(graph, graph("Max", graph("Min", graph("Add", first_N1, column_L), final_N1), zero)),
+        position_T=of_tokens(position_NL),
+        last_N=graph("Max", _flat(graph, final_N1), zero),
         shape_N=shape_N,
         shape_L=shape_L,
-        bias=bias(visible_NLL, (1, 2)),
-        bias_last=bias(real_NL, (1, 2, 3)),
+        earlier_LL=graph("LessOrEqual", column_L, graph("Unsqueeze", column_L, graph.ints(1))),
+        real_NL=graph("Unsqueeze", graph("Less", column_L, length_N1), graph.ints(1, 2)),
     )
 
 
@@ -109,7 +106,7 @@ def _vectors(
 ) -> str:
     """Unit vectors [N, dim]."""
     places = _places(graph)
-    ids_T = graph("Gather", _flat(graph, "input_ids"), places.token_T, axis=0)
+    ids_T = graph("Gather", _flat(graph, "input_ids"), places.given_T, axis=0)
     x_TE = _embedded(graph, ids_T, read, linear, rank)
     rope = _rope_tables(graph, config, places.position_T)
     final = config.num_hidden_layers - 1
@@ -184,31 +181,37 @@ def _attention(
     graph: Graph, config: DecoderConfig, places: _Places, q_THD: str, k_TGD: str, v_TGD: str, last: bool
 ) -> str:
     """[T, H * D], or [N, H * D] of the final tokens in the last layer."""
-    groups, width = config.num_key_value_heads, config.head_dim
-    shared = config.num_attention_heads // groups
-    shape_Q = graph.ints(1) if last else places.shape_L
-    shape_RQ = graph("Mul", shape_Q, graph.ints(shared))
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
 
-    def shaped(x: str, *dims: str) -> str:
-        return graph("Reshape", x, graph("Concat", places.shape_N, *dims, axis=0))
+    def laid_out(x: str, shape_Q: str, count: int, ragged: bool = True) -> str:
+        places_x = graph("Gather", x, places.of_place_B, axis=0) if ragged else x
+        shape = graph("Concat", places.shape_N, shape_Q, graph.ints(count * config.head_dim), axis=0)
+        return graph("Reshape", places_x, shape)
 
-    def laid_out(x: str) -> str:
-        return graph("Gather", x, places.of_place_B, axis=0)
+    k_NLC, v_NLC = (laid_out(x, places.shape_L, groups) for x in (k_TGD, v_TGD))
+    q_NQC = laid_out(q_THD, graph.ints(1) if last else places.shape_L, heads, ragged=not last)
 
-    k_NLGD, v_NLGD = (shaped(laid_out(x), places.shape_L, graph.ints(groups, width)) for x in (k_TGD, v_TGD))
-    q_QHD = graph("Mul", q_THD if last else laid_out(q_THD), graph.real(width**-0.5))
-    q_NQGRD = shaped(q_QHD, shape_Q, graph.ints(groups, shared, width))
-    # The query heads that share a key/value head stand below one another, so that keys need not be repeated.
-    q_NGRQD = graph("Transpose", q_NQGRD, perm=[0, 2, 3, 1, 4])
-    q = shaped(q_NGRQD, graph.ints(groups), shape_RQ, graph.ints(width))
-    scores = graph("MatMul", q, graph("Transpose", k_NLGD, perm=[0, 2, 3, 1]))
-    scores_NGRQL = shaped(scores, graph.ints(groups, shared), shape_Q, places.shape_L)
-    biased = graph("Add", scores_NGRQL, places.bias_last if last else places.bias)
-    p = shaped(graph("Softmax", biased, axis=-1), graph.ints(groups), shape_RQ, places.shape_L)
-    mixed = graph("MatMul", p, graph("Transpose", v_NLGD, perm=[0, 2, 1, 3]))
-    mixed_NGRQD = shaped(mixed, graph.ints(groups, shared), shape_Q, graph.ints(width))
-    mixed_NQGRD = graph("Transpose", mixed_NGRQD, perm=[0, 3, 1, 2, 4])
-    flat = graph("Reshape", mixed_NQGRD, graph.ints(-1, config.num_attention_heads * width))
+    def mixed(q: str, k: str, v: str, visible: str) -> str:
+        return graph("Attention", q, k, v, visible, q_num_heads=heads, kv_num_heads=groups)
+
+    def part(x: str, start: str, end: str, axis: int) -> str:
+        return graph("Slice", x, start, end, graph.ints(axis))
+
+    if last:
+        y_NQC = mixed(q_NQC, k_NLC, v_NLC, places.real_NL)
+    else:
+        zero = graph.ints(0)
+        ends = [graph("Div", graph("Mul", places.shape_L, graph.ints(b)), graph.ints(BLOCKS)) for b in range(BLOCKS)] + [places.shape_L]
+        y_NQC = graph("Concat", *(
+            mixed(
+                part(q_NQC, start, end, 1),
+                part(k_NLC, zero, end, 1),
+                part(v_NLC, zero, end, 1),
+                part(part(places.earlier_LL, start, end, 0), zero, end, 1),
+            )
+            for start, end in pairwise(ends)
+        ), axis=1) if BLOCKS > 1 else mixed(q_NQC, k_NLC, v_NLC, places.earlier_LL)
+    flat = graph("Reshape", y_NQC, graph.ints(-1, heads * config.head_dim))
     return flat if last else graph("Gather", flat, places.token_T, axis=0)
 
 
@@ -230,7 +233,7 @@ def _rotated(graph: Graph, x: str, rope: tuple[str, str], width: int) -> str:
 
 def _norm(graph: Graph, config: DecoderConfig, read: Read, x: str, weight: str) -> str:
     """Root-mean-square norm, in the operators that runtimes recognise and fuse."""
-    mean = graph("ReduceMean", graph("Pow", x, graph.real(2)), axes=[-1], keepdims=1)
+    mean = graph("ReduceMean", graph("Pow", x, graph.real(2)), graph.ints(-1), keepdims=1)
     root = graph("Sqrt", graph("Add", mean, graph.real(config.rms_norm_eps)))
     return graph("Mul", graph("Div", x, root), graph.tensor(read(weight), weight))
 

@@ -128,6 +128,9 @@ def _learnt(outcome: Outcome) -> Iterator[str]:
 
 
 def _kept(outcome: Outcome) -> Iterator[str]:
+    if not outcome.dev_scores and not outcome.questions and outcome.teacher:
+        yield f"kept: the weights after all {outcome.steps:,} steps"
+        return
     if not outcome.dev_scores:
         yield f"kept: the weights after all {outcome.steps:,} steps; the rows are too few to choose by"
         return
