@@ -72,7 +72,8 @@ class _Places:
 
 def _places(graph: Graph) -> _Places:
     shape_N = graph("Shape", "input_ids", start=0, end=1)
-    shape_L = graph("Shape", "input_ids", start=1, end=2)
+    # At least one token for each block of queries: runtimes refuse empty ones.
+    shape_L = graph("Max", graph("Shape", "input_ids", start=1, end=2), graph.ints(BLOCKS))
     mask_NL = graph.cast(graph.cast("attention_mask", "BOOL"), "INT64")
     one, zero = graph.whole(1), graph.whole(0)
     given_T = graph("Squeeze", graph("NonZero", _flat(graph, mask_NL)), graph.ints(0))
