@@ -23,6 +23,15 @@ FIGURE_KEYS = ["name", "ours", "peer", "ratio", "bar", "better", "met", "status"
 # Every figure a benchmark promises, its bar and which way is better.
 PROMISED = {
     "compress": {
+        "share of the parameters outside the table that the cut model has": (1 / 3, "lower"),
+        "quality kept, cut and taught, mean of three seeds": (0.95, "higher"),
+        "quality kept, cut and taught, the worst of three seeds": (None, "higher"),
+        "quality kept, cut and trained without a teacher": (None, "higher"),
+        "quality of the cut shape from random weights, as a share": (None, "higher"),
+        "points by which the whole model is ahead of random weights, the least of three seeds": (5, "higher"),
+        "tokens/s of int8 in ONNX Runtime, peer our decoder in float32": (1.5, "higher"),
+        "smallest cosine between vectors of int8 and of float32, random weights": (0.98, "higher"),
+        "share of nDCG@10 that int8 loses, model trained by the quickstart": (0.005, "lower"),
         "million parameters of an 80M model trimmed to 20 languages": (50, "lower"),
         "share of texts whose tokens were all kept, 20 languages of the EU": (0.99, "higher"),
         "share of texts whose tokens were all kept, the worst language of the EU": (None, "higher"),
@@ -261,7 +270,8 @@ def test_real_texts_come_from_every_file(shared: Path) -> None:
 def test_compress() -> None:
     result = json.loads(run_script("benchmarks/compress.py", "--small")[-1])
     check_form("compress", result)
-    assert all(figure["status"] == "measured" for figure in result["figures"])
+    skipped = {figure["name"] for figure in result["figures"] if figure["status"] != "measured"}
+    assert skipped <= {"share of nDCG@10 that int8 loses, model trained by the quickstart"}
     figures = {figure["name"]: figure["ours"] for figure in result["figures"]}
     assert figures["share of such texts whose vectors are the same to the bit"] == 1.0
     assert figures["relative difference of the loss with a cached teacher"] < 1e-3

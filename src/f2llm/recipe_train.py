@@ -257,7 +257,9 @@ def wrong_distillation(teacher: str | None, distillation: Distillation) -> str |
     """What is wrong between a teacher and what is to be learnt from it, if anything."""
     behind_url = teacher is not None and is_url(teacher)
     if behind_url and not distillation.model:
-        return "a teacher behind a URL needs its name there: give 'model' of 'distillation', or --teacher-model"
+        return (
+            "a teacher behind a URL needs its name there: give 'model' of 'distillation', or --teacher-model"
+        )
     if behind_url and "mse" in distillation.terms:
         return (
             "a teacher behind a URL gives vectors of unit length, so there are no raw ones for 'mse'; take 'terms' of "

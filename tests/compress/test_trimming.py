@@ -3,15 +3,17 @@
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from f2llm.compress.trimming import HELD_OUT, trim_model
+from f2llm.compress.trimming import HELD_OUT, REPORT_FILE, trim_model
 from f2llm.data.corpus_texts import iterate_corpus
-from f2llm.data.rows import read_rows
+from f2llm.data.rows import Source, read_rows, rows_table, write_rows
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import UsageError
+from f2llm.files import read_object
 from f2llm.model.folder import Model, load_model, save_model
 
 MakeModel = Callable[..., Model]
@@ -72,3 +74,24 @@ def test_what_cannot_be_counted_is_refused(folder: Path, rows_folder: Path, tmp_
     ):
         trim_model(folder, tmp_path / "out", [rows_folder], keep=9)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_language_with_few_texts_has_its_share_of_a_budget(
+    folder: Path, things: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """However often the other language's texts come, it is their mean that counts: the same tokens are kept."""
+    source = Source(name="s", format="retrieval", task="t", symmetric=True, instruction="", licence="unknown")
+    names = [(thing[language], language) for thing in things for language in ("fra", "hin")]
+    kept = {}
+    for times in (1, 40):
+        rows = [pair for pair in names for _ in range(times if pair[1] == "fra" else 1)]
+        texts, langs = ([pair[i] for pair in rows] for i in (0, 1))
+        columns: dict[str, list[Any]] = {
+            "query": texts,
+            "query_lang": langs,
+            "positives": [[text] for text in texts],
+        }
+        write_rows(tmp_path / f"rows {times}", rows_table(source, columns), [source])
+        trim_model(folder, tmp_path / f"out {times}", [tmp_path / f"rows {times}"], keep=300)
+        kept[times] = read_object(tmp_path / f"out {times}" / REPORT_FILE)["kept"]
+    assert len(kept[1]) == 300 and kept[1] == kept[40]

@@ -1,6 +1,7 @@
 """What every export has: facts, a whole folder or none, refusals in one sentence, a measure to be believed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from f2llm.data.names import collect
 from f2llm.errors import F2Error, UsageError
 from f2llm.export import export, onnx_model, runtimes
 from f2llm.export.export import TARGETS, export_model
+from f2llm.export.onnx_graph import Graph
 from f2llm.export.parity import Side, measured, ndcg_at_10, neighbours_kept
 from f2llm.export.runtimes import Vectors
 from f2llm.export.sample import sample
@@ -102,7 +104,14 @@ def test_a_missing_library_is_named(
 def test_a_wrong_graph_does_not_look_right(
     model_folder: Path, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_model, "MASKED", 0.0)  # tokens see what comes after them
+    places_of = onnx_model._places
+
+    def seeing_later(graph: Graph, blocks: int) -> onnx_model._Places:
+        places = places_of(graph, 1)
+        everything_LL = graph("Or", places.earlier_LL, graph("Not", places.earlier_LL))
+        return replace(places, earlier_LL=everything_LL)
+
+    monkeypatch.setattr(onnx_model, "_places", seeing_later)
     parity = export_model(model_folder, tmp_path / "out", "onnx", texts=names)
     assert parity.exported.smallest_cosine is not None and parity.exported.smallest_cosine < 0.99
     assert parity.exported.neighbours < 1

@@ -11,7 +11,7 @@ from tests.export.conftest import LIMIT, cosines
 from f2llm.embed.embedder import Embedder
 from f2llm.export import onnx_model
 from f2llm.export.export import export_model
-from f2llm.export.onnx_graph import quantised
+from f2llm.export.onnx_graph import Graph, int8_linear, quantised
 from f2llm.export.runtimes import Vectors, onnx_encode, openvino_encode, rectangle, require
 from f2llm.model.folder import Model, save_model
 from f2llm.tokenizer_file import load_tokenizer
@@ -179,3 +179,47 @@ def test_quantised_weights_are_the_nearest(most: int) -> None:
     numbers_OI, scale_O1 = quantised(weight_OI, most)
     assert np.abs(numbers_OI).max() == most
     assert (np.abs(numbers_OI * scale_O1 - weight_OI) <= scale_O1 / 2 + 1e-6).all()
+
+
+def test_a_row_in_8_bits_is_the_same_beside_any_other() -> None:
+    rng = np.random.default_rng(0)
+    weight_OI = rng.standard_normal((24, 40)).astype(np.float32)
+    x_TI = rng.standard_normal((5, 40)).astype(np.float32)
+    x_TI[1] *= 1000
+    x_TI[2] = 0
+    x_TI[3] = np.abs(x_TI[3])
+    x_TI[4] = -np.abs(x_TI[4])
+    graph = Graph()
+    rows = graph.cast("rows", "FLOAT")  # inputs of a graph are whole numbers
+    x = graph("Mul", rows, graph.real(1e-3))
+    content = graph.model({"rows": ["T", "I"]}, int8_linear(graph, x, "w", weight_OI), "y", ["T", 24])
+    session = require("onnxruntime").InferenceSession(content)
+    rows_TI = np.rint(x_TI * 1000).astype(np.int64)
+
+    def run(rows_TI: Any) -> Vectors:
+        found: Vectors = session.run(None, {"rows": rows_TI})[0]
+        return found
+
+    together_TO = run(rows_TI)
+    assert (np.concatenate([run(row_I[None]) for row_I in rows_TI]) == together_TO).all()
+    # Either factor is off by half a step at most: x of 127 steps, the weight of 63.
+    x_TI = (rows_TI / 1000).astype(np.float32)
+    largest_T1, largest_O = np.abs(x_TI).max(1, keepdims=True), np.abs(weight_OI).max(1)
+    off_TO = (
+        largest_T1 / 254 * np.abs(weight_OI).sum(1) + np.abs(x_TI).sum(1, keepdims=True) * largest_O / 126
+    )
+    off_TO += 40 * largest_T1 / 254 * largest_O / 126
+    assert (np.abs(together_TO - x_TI @ weight_OI.T) <= off_TO * 1.001).all()
+    assert (together_TO[2] == 0).all()
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_row_of_padding_alone_harms_no_other(export: Export, to: str) -> None:
+    folder = export(to, "f32")
+    ids_NL, mask_NL = rectangle([[5, 6, 7], [8, 9, 10, 11, 12]])
+    expected_ND = vectors_of(folder, to, ids_NL, mask_NL)
+    found_ND = vectors_of(
+        folder, to, np.insert(ids_NL, [0, 1, 2], 0, axis=0), np.insert(mask_NL, [0, 1, 2], 0, axis=0)
+    )
+    assert np.isfinite(found_ND).all()
+    assert cosines(found_ND[[1, 3]], expected_ND).min() > 0.99999

@@ -5,10 +5,15 @@ tokens, and so their vectors, and how much longer the others become.
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from f2llm.compress.vocabulary import NOTHING, TEXTS_AT_ONCE, Coverage, coverage, tokens_to_keep, trim, usage
 from f2llm.data.corpus_texts import iterate_corpus
@@ -49,7 +54,7 @@ def trim_model(
         model: as `load_base` takes it.
         corpus, languages, column: as `iterate_corpus` takes them. Texts count as they are and behind the model's own
             prompt.
-        keep: most tokens; all that the corpus uses without it.
+        keep: most tokens, by their uses in a mean text of each language; all that the corpus uses without it.
 
     Raises:
         UsageError: the corpus has no text of these languages, or `keep` is too small.
@@ -61,8 +66,8 @@ def trim_model(
         found = iterate_corpus(corpus, languages, column)
         return ((of, text) for of, text in found if (zlib.crc32(text.encode()) % HELD_OUT == 0) == held_out)
 
-    uses_V = usage(whole.tokenizer, _also_asked((text for _, text in texts(held_out=False)), prefix))
-    if not uses_V.any():
+    uses_V = _uses_of_languages(whole.tokenizer, texts(held_out=False), prefix)
+    if uses_V is None:
         of = f" of {', '.join(sorted(languages))}" if languages else ""
         raise UsageError(
             f"{', '.join(map(str, corpus))} has no text{of} to count tokens in; give another corpus."
@@ -89,6 +94,20 @@ def trim_model(
     )
 
 
+def _uses_of_languages(
+    tokenizer: Tokenizer, texts: Iterator[tuple[str, str]], prefix: str
+) -> npt.NDArray[np.float64] | None:
+    """Uses of each token in a mean text, added up over languages [V], so that each counts alike; None without texts."""
+    uses: dict[str, npt.NDArray[np.int64]] = {}
+    counts: Counter[str] = Counter()
+    for language, own in _grouped(texts):
+        found_V = usage(tokenizer, _also_asked(own, prefix))
+        uses[language] = uses.get(language, 0) + found_V
+        counts[language] += len(own)
+    each = [uses[language] / count for language, count in counts.items()]
+    return np.sum(each, axis=0) if each else None
+
+
 def _also_asked(texts: Iterable[str], prefix: str) -> Iterator[str]:
     """Each text, and it behind the prompt: the space in front changes a text's first token."""
     return chain.from_iterable((text, prefix + text) if prefix else (text,) for text in texts)
@@ -98,10 +117,15 @@ def _by_language(
     texts: Iterator[tuple[str, str]], measure: Callable[[list[str]], Coverage]
 ) -> dict[str, Coverage]:
     total: dict[str, Coverage] = {}
+    for language, own in _grouped(texts):
+        total[language] = total.get(language, NOTHING) + measure(own)
+    return dict(sorted(total.items()))
+
+
+def _grouped(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Some texts of a language at a time."""
     while some := list(islice(texts, TEXTS_AT_ONCE)):
         found: dict[str, list[str]] = {}
         for language, text in some:
             found.setdefault(language, []).append(text)
-        for language, own in found.items():
-            total[language] = total.get(language, NOTHING) + measure(own)
-    return dict(sorted(total.items()))
+        yield from found.items()

@@ -58,11 +58,13 @@ def usage(tokenizer: Tokenizer, texts: Iterable[str]) -> Numbers:
     return uses_V
 
 
-def tokens_to_keep(tokenizer: Tokenizer, uses_V: Numbers, keep: int | None = None) -> Numbers:
+def tokens_to_keep(
+    tokenizer: Tokenizer, uses_V: Numbers | npt.NDArray[np.float64], keep: int | None = None
+) -> Numbers:
     """Old numbers of the tokens to keep, ascending [K].
 
     Args:
-        uses_V: how often each token is used.
+        uses_V: how often each token is used, or any other weight that is 0 for those that are not.
         keep: how many at most. The most used come first, then unused ones in their order, which in a BPE is the order
             of how frequent they were where it was trained. Without it, all that are used.
 

@@ -1,8 +1,8 @@
 """An ONNX graph under construction: nodes and weights, and the three ways in which a weight matrix is multiplied.
 
-Only operators of the standard (opset 17, which runtimes of the last years all read) are used, none of one runtime's
-own. A value is known by its name. Asking twice for the same operator on the same values gives the same name, so that
-nothing is computed twice, whoever asks.
+Only operators of the standard are used, none of one runtime's own: opset 23, the first with attention. A value is known
+by its name. Asking twice for the same operator on the same values gives the same name, so that nothing is computed
+twice, whoever asks.
 
 Shape suffixes: T rows of a batch, I inputs and O outputs of a matrix, V rows of the embedding table, E hidden width.
 """
@@ -116,6 +116,10 @@ def int8_linear(graph: Graph, x: str, name: str, weight_OI: Floats) -> str:
     With one scale for the whole of x, which is what a runtime's own dynamic quantisation takes, a text's vector would
     depend on the texts beside it. Weights keep to 7 bits: two products of 8 bits overflow the 16 in which processors
     with AVX2 alone add them.
+
+    QuantizeLinear and DequantizeLinear are meant for scales that are known beforehand, by channel; here the channels
+    are the rows of x. So x is read twice and written once in 8 bits; what the scale would take in single operators
+    (Abs, Div, Round, Add, Cast) costs more than the product itself, where processors multiply 8 bits (VNNI, AMX).
     """
     most_T = graph("Max", _extreme(graph, "ReduceMax", x), graph("Neg", _extreme(graph, "ReduceMin", x)))
     scale_T = graph("Max", graph("Mul", most_T, graph.real(1 / 127)), graph.real(TINY))

@@ -2,11 +2,13 @@
 
 The graph is written node by node, not traced, so that it can be ragged as our own decoder is: the mask's ones are
 gathered into one flat list of tokens, norms and matrices see that list alone, and only attention lays it out again in
-the caller's rectangle. So padding costs next to nothing, on whichever side it stands, and cannot change a vector.
+a rectangle, with padding on the right. So padding costs next to nothing, on whichever side the caller's stands, and
+cannot change a vector. Queries go through attention in blocks, each with the keys up to its end alone: of the scores,
+half of which a causal mask would throw away, four blocks compute 5/8.
 In the last layer the final tokens alone go on. Pooling, the Matryoshka size and the normalisation follow.
 
 Shape suffixes: N texts, L tokens of the longest, B = N * L places of the rectangle, T tokens without padding, H query
-heads, G key/value heads, R = H / G, D head width, E hidden width, Q = L, or 1 in the last layer.
+heads, G key/value heads, D head width, C = heads * D, E hidden width, Q = L, or 1 in the last layer.
 """
 
 from collections.abc import Callable
@@ -29,17 +31,26 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 MOST_IN_ONE_FILE = 1 << 30  # bytes; a protobuf message ends at 2 GiB
 INPUTS = {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
 OUTPUT = "sentence_embedding"
-BLOCKS = 4
+BLOCKS = 4  # of queries
 
 Read = Callable[[str], Floats]
 
 
 def write_onnx(
-    source: Path, folder: Path, config: DecoderConfig, *, dim: int, linear: Linear = float_linear
+    source: Path,
+    folder: Path,
+    config: DecoderConfig,
+    *,
+    dim: int,
+    linear: Linear = float_linear,
+    blocks: int = BLOCKS,
 ) -> None:
     """Write model.onnx of a model folder, with model.onnx.data beside it where it is large.
 
     Weights are read and written one at a time.
+
+    Args:
+        blocks: into which attention divides the queries.
     """
     size = 4 if linear is float_linear else 1
     large = size * parameters_of(config) > MOST_IN_ONE_FILE
@@ -49,7 +60,7 @@ def write_onnx(
     ):
         graph = Graph(data, DATA)
         rank = read_facts(source).table_rank
-        vector = _vectors(graph, config, lambda name: tensors.read(name).numpy(), dim, linear, rank)
+        vector = _vectors(graph, config, lambda name: tensors.read(name).numpy(), dim, linear, rank, blocks)
         content = graph.model(INPUTS, vector, OUTPUT, ["batch", dim])
     with atomic_write(folder / MODEL) as file:
         file.write(content)
@@ -66,14 +77,15 @@ class _Places:
     last_N: str  # token that is pooled
     shape_N: str  # [1]: N
     shape_L: str  # [1]: L
-    earlier_LL: str  # what a token may see; with padding on the right, nothing else needs to be hidden from it
+    ends: tuple[str, ...]  # [1] each: where blocks of queries begin and end, 0 first and L last
+    earlier_LL: str  # what a token may see: padding, which stands on the right, is later
     real_NL: str  # [N, 1, 1, L]: what a final token may see
 
 
-def _places(graph: Graph) -> _Places:
+def _places(graph: Graph, blocks: int) -> _Places:
     shape_N = graph("Shape", "input_ids", start=0, end=1)
     # At least one token for each block of queries: runtimes refuse empty ones.
-    shape_L = graph("Max", graph("Shape", "input_ids", start=1, end=2), graph.ints(BLOCKS))
+    shape_L = graph("Max", graph("Shape", "input_ids", start=1, end=2), graph.ints(blocks))
     mask_NL = graph.cast(graph.cast("attention_mask", "BOOL"), "INT64")
     one, zero = graph.whole(1), graph.whole(0)
     given_T = graph("Squeeze", graph("NonZero", _flat(graph, mask_NL)), graph.ints(0))
@@ -97,16 +109,20 @@ def _places(graph: Graph) -> _Places:
         last_N=graph("Max", _flat(graph, final_N1), zero),
         shape_N=shape_N,
         shape_L=shape_L,
+        ends=(
+            *(graph("Div", graph("Mul", shape_L, graph.ints(n)), graph.ints(blocks)) for n in range(blocks)),
+            shape_L,
+        ),
         earlier_LL=graph("LessOrEqual", column_L, graph("Unsqueeze", column_L, graph.ints(1))),
-        real_NL=graph("Unsqueeze", graph("Less", column_L, length_N1), graph.ints(1, 2)),
+        real_NL=graph("Unsqueeze", graph("Less", column_L, graph("Max", length_N1, one)), graph.ints(1, 2)),
     )
 
 
 def _vectors(
-    graph: Graph, config: DecoderConfig, read: Read, dim: int, linear: Linear, rank: int | None
+    graph: Graph, config: DecoderConfig, read: Read, dim: int, linear: Linear, rank: int | None, blocks: int
 ) -> str:
     """Unit vectors [N, dim]."""
-    places = _places(graph)
+    places = _places(graph, blocks)
     ids_T = graph("Gather", _flat(graph, "input_ids"), places.given_T, axis=0)
     x_TE = _embedded(graph, ids_T, read, linear, rank)
     rope = _rope_tables(graph, config, places.position_T)
@@ -184,13 +200,15 @@ def _attention(
     """[T, H * D], or [N, H * D] of the final tokens in the last layer."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
 
-    def laid_out(x: str, shape_Q: str, count: int, ragged: bool = True) -> str:
-        places_x = graph("Gather", x, places.of_place_B, axis=0) if ragged else x
+    def shaped(x: str, shape_Q: str, count: int) -> str:
         shape = graph("Concat", places.shape_N, shape_Q, graph.ints(count * config.head_dim), axis=0)
-        return graph("Reshape", places_x, shape)
+        return graph("Reshape", x, shape)
 
-    k_NLC, v_NLC = (laid_out(x, places.shape_L, groups) for x in (k_TGD, v_TGD))
-    q_NQC = laid_out(q_THD, graph.ints(1) if last else places.shape_L, heads, ragged=not last)
+    def laid_out(x: str, count: int) -> str:
+        return shaped(graph("Gather", x, places.of_place_B, axis=0), places.shape_L, count)
+
+    k_NLC, v_NLC = (laid_out(x, groups) for x in (k_TGD, v_TGD))
+    q_NQC = shaped(q_THD, graph.ints(1), heads) if last else laid_out(q_THD, heads)
 
     def mixed(q: str, k: str, v: str, visible: str) -> str:
         return graph("Attention", q, k, v, visible, q_num_heads=heads, kv_num_heads=groups)
@@ -198,20 +216,15 @@ def _attention(
     def part(x: str, start: str, end: str, axis: int) -> str:
         return graph("Slice", x, start, end, graph.ints(axis))
 
+    def block(start: str, end: str) -> str:
+        keys, values = (part(x, places.ends[0], end, 1) for x in (k_NLC, v_NLC))
+        earlier = part(part(places.earlier_LL, start, end, 0), places.ends[0], end, 1)
+        return mixed(part(q_NQC, start, end, 1), keys, values, earlier)
+
     if last:
         y_NQC = mixed(q_NQC, k_NLC, v_NLC, places.real_NL)
     else:
-        zero = graph.ints(0)
-        ends = [graph("Div", graph("Mul", places.shape_L, graph.ints(b)), graph.ints(BLOCKS)) for b in range(BLOCKS)] + [places.shape_L]
-        y_NQC = graph("Concat", *(
-            mixed(
-                part(q_NQC, start, end, 1),
-                part(k_NLC, zero, end, 1),
-                part(v_NLC, zero, end, 1),
-                part(part(places.earlier_LL, start, end, 0), zero, end, 1),
-            )
-            for start, end in pairwise(ends)
-        ), axis=1) if BLOCKS > 1 else mixed(q_NQC, k_NLC, v_NLC, places.earlier_LL)
+        y_NQC = graph("Concat", *(block(start, end) for start, end in pairwise(places.ends)), axis=1)
     flat = graph("Reshape", y_NQC, graph.ints(-1, heads * config.head_dim))
     return flat if last else graph("Gather", flat, places.token_T, axis=0)
 

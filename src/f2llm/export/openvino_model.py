@@ -17,7 +17,8 @@ def write_openvino(source: Path, folder: Path, config: DecoderConfig, *, dim: in
     """
     openvino = require("openvino")
     linear = int8_weight_linear if precision == "int8" else float_linear
-    write_onnx(source, folder, config, dim=dim, linear=linear)
+    # One block: OpenVINO is slower with more, as it copies the parts.
+    write_onnx(source, folder, config, dim=dim, linear=linear, blocks=1)
     # Not convert_model, which is the same with a report to its makers.
     model = openvino.Core().read_model(folder / MODEL)
     openvino.save_model(model, folder / IR, compress_to_fp16=precision == "f16")
