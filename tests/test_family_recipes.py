@@ -8,9 +8,11 @@ import torch
 from tokenizers import Tokenizer
 
 from f2llm.family import FAMILY, STAGES, FamilyMember
-from f2llm.model.decoder import Decoder, DecoderConfig, initialise
+from f2llm.files import write_json
+from f2llm.model.decoder import Decoder, DecoderConfig, config_to_json, initialise
 from f2llm.model.folder import Model, ModelFacts, load_model, save_model
 from f2llm.model.tokenizer import EOS
+from f2llm.plan.shapes import Shapes
 from f2llm.plan.stages import Machine, plan
 from f2llm.recipe import PruneStage, Recipe, load
 from f2llm.recipe_train import TrainStage
@@ -92,7 +94,11 @@ def test_their_heads_say_how_to_run_them(size: str) -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_every_recipe_can_be_planned(path: Path) -> None:
+def test_every_recipe_can_be_planned(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the quickstart has been run: of its model, the shape alone is asked for."""
+    monkeypatch.chdir(tmp_path)
+    large = Shapes(load(FOLDER / "quickstart.yaml")).of("large")
+    write_json(tmp_path / "runs" / "quickstart" / "large" / "config.json", config_to_json(large))
     recipe = load(path)
     planned = plan(recipe, Machine(8, "b200"))
     assert [one.name for one in planned] == list(recipe.stages)

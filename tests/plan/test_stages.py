@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from f2llm.data.rows import Source, rows_table, write_rows
 from f2llm.errors import F2Error, UsageError
 from f2llm.family import FAMILY, FamilyMember
 from f2llm.files import write_json, write_text
-from f2llm.model.decoder import Decoder, DecoderConfig, config_to_json
+from f2llm.model.decoder import Decoder, DecoderConfig, config_to_json, parameters_of
 from f2llm.plan.cost import GIB, GPUS, Load, forward_flops, training_flops
 from f2llm.plan.shapes import Shapes, sharded
 from f2llm.plan.stages import Machine, StagePlan, as_dict, plan, render, total
@@ -105,6 +106,29 @@ def test_the_files_of_a_model_win_over_its_name(tmp_path: Path) -> None:
     config = DecoderConfig(515, 64, 100, 3, 4, 2, 16)
     write_json(folder / "config.json", config_to_json(config))
     assert Shapes(recipe_of(tmp_path, train=training(f"{folder}/"))).of("train") == config
+
+
+def test_slices_trims_and_merges_have_the_shapes_they_end_in(tmp_path: Path) -> None:
+    """And what is trained from one of them its own; a cached teacher is not in memory."""
+    recipe = recipe_of(
+        tmp_path,
+        texts={"stage": "names"},
+        whole=training(),
+        part={"stage": "slice", "model": "whole", "layers": 5},
+        few={"stage": "trim", "model": "part", "data": ["texts"], "keep": 9000},
+        both={"stage": "merge", "models": ["few", "few"]},
+        student=training("both", teacher="whole"),
+        cached=training("both", teacher="whole", distillation={"cache": "vectors"}),
+        behind=training(
+            "both", teacher="http://localhost/v1", distillation={"terms": {"cosine": 1.0}, "model": "m"}
+        ),
+    )
+    shape = replace(shape_of(FAMILY["0.6B"]), num_hidden_layers=5, vocab_size=9000)
+    *_, few, both, student, cached, behind = plan(recipe, EIGHT)
+    assert few.parameters == both.parameters == student.parameters == parameters_of(shape)
+    with_teacher = [any("teacher" in item for item in one.memory) for one in (student, cached, behind)]
+    assert with_teacher == [True, False, False]
+    assert student.flops == cached.flops > behind.flops
 
 
 def test_a_cut_model_has_the_shape_that_it_is_cut_to(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from f2llm.files import read_object
 from f2llm.model.decoder import Decoder, DecoderConfig, config_from_json
 from f2llm.plan.cost import Sharded, lora_parameters
 from f2llm.recipe import PruneStage, Recipe, TokenizerStage
+from f2llm.recipe_models import MergeStage, SliceStage, TrimStage
 from f2llm.recipe_train import TrainStage
 from f2llm.train.ranks import Ranks, shard
 
@@ -31,7 +32,7 @@ class Shapes:
         self._recipe = recipe
 
     def of(self, name: str) -> DecoderConfig:
-        """The shape of a train or prune stage's result, or of the model in a folder.
+        """The shape of the model that a stage ends in, or of the one in a folder.
 
         Raises:
             UsageError: a folder is not there, and its name is of no known size.
@@ -41,6 +42,14 @@ class Shapes:
             return _shape_at(name)
         if isinstance(stage, PruneStage):
             return self._cut(name, stage)
+        if isinstance(stage, SliceStage):
+            whole = self.of(stage.model)
+            return replace(whole, num_hidden_layers=stage.layers or whole.num_hidden_layers)
+        if isinstance(stage, TrimStage):  # at most: how many tokens the corpus uses is not known
+            whole = self.of(stage.model)
+            return replace(whole, vocab_size=min(stage.keep or whole.vocab_size, whole.vocab_size))
+        if isinstance(stage, MergeStage):
+            return self.of(stage.models[0])
         assert isinstance(stage, TrainStage)  # the recipe sees to it
         if stage.base:
             return self.of(stage.base)
@@ -86,8 +95,10 @@ class Shapes:
         path = Path(name) if stage is None else self._recipe.output / name
         if (path / "tokenizer.json").is_file():
             return path / "tokenizer.json"
-        if isinstance(stage, PruneStage):
+        if isinstance(stage, PruneStage | SliceStage | TrimStage):
             return self.tokenizer(stage.model)
+        if isinstance(stage, MergeStage):
+            return self.tokenizer(stage.models[0])
         origin = (stage.base or stage.tokenizer) if isinstance(stage, TrainStage) else None
         return self.tokenizer(origin) if origin else None
 

@@ -28,6 +28,7 @@ from f2llm.plan.shapes import Shapes, sharded
 from f2llm.plan.survey import TOKENS_PER_TEXT, Survey, survey
 from f2llm.recipe import EvaluateStage, IndexStage, PruneStage, Recipe, TokenizerStage
 from f2llm.recipe_fields import is_url
+from f2llm.recipe_models import ExportStage, MergeStage, SliceStage, TrimStage
 from f2llm.recipe_train import TrainStage
 
 UTILISATION = 0.4  # share of the peak that a training run reaches on real texts, if nothing is known
@@ -92,6 +93,10 @@ def plan(
             plans.append(_plan_training(name, stage, shapes, surveyed, machine))
         elif isinstance(stage, PruneStage):
             plans.append(_plan_pruning(name, stage, shapes, tokens_per_text))
+        elif isinstance(stage, SliceStage | TrimStage | MergeStage):
+            remark = "tensors of models that are there, on the CPU; not counted"
+            parameters = sharded(shapes.of(name), 1).total
+            plans.append(StagePlan(name, stage.stage, remark, parameters=parameters))
         else:
             plans.append(StagePlan(name, stage.stage, _remark(stage)))
     return plans
@@ -105,6 +110,8 @@ def _remark(stage: Any) -> str:
         return f"held-out names through {len(stage.models)} models, forward passes only; not counted"
     if isinstance(stage, IndexStage):
         return "names through one model, forward passes only; not counted"
+    if isinstance(stage, ExportStage):
+        return f"written for {stage.to} and compared there, on the CPU; not counted"
     return "rows, made on the CPU; not counted"
 
 
