@@ -16,7 +16,7 @@ through the first columns of a projection against all of them.
 Shape suffixes: N texts, D dims of the student, T of the teacher, B queries, C documents, R ranks, W dims compared.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ def distillation_terms(
     return terms
 
 
-def sum_of(values: Any) -> Tensor:
+def sum_of(values: Iterable[Tensor]) -> Tensor:
     """The sum of scalars, as a tensor."""
     return torch.stack(list(values)).sum()
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from f2llm.errors import UsageError
 from f2llm.model.base import Base
+from f2llm.model.decoder import DecoderConfig
 from f2llm.model.folder import Model, ModelFacts, load_decoder
 from f2llm.progress import progress, say
 from f2llm.recipe_train import TrainStage
@@ -80,22 +80,24 @@ def open_teacher(
         identity, facts, contents = f"{given.url} {given.model}", None, _as_utf8
         width = on_main(given.width, ranks)
     else:
-        identity, facts, width = given.facts.identity, given.facts, _config_of(given).hidden_size
+        # Vectors in bf16 are others than in float32.
+        identity = f"{given.facts.identity} {precision_of(config, ranks)}"
+        facts, width = given.facts, _config_of(given).hidden_size
         contents = partial(_as_ids, read, given, config.max_length)
-    if asked.cache is None:
-        teacher = Teacher(_compute(config, given, read, ranks), width, facts)
-        _warn_of_collapse(teacher, sampler, first, ranks)
-        return teacher
-    open_cache = partial(TeacherCache, Path(asked.cache), identity, width, asked.cache_precision)
-    _fill(open_cache, contents, partial(_compute, config, given, read, ranks), sampler, first, ranks)
-    cache = open_cache()
-
-    def vectors(texts: Sequence[Text]) -> Tensor:
-        return torch.from_numpy(cache.vectors(contents(texts))).to(ranks.device)
-
+    compute = partial(_compute, config, given, read, ranks)
+    if asked.cache:
+        open_cache = partial(TeacherCache, Path(asked.cache), identity, width, asked.cache_precision)
+        _fill(open_cache, contents, compute, sampler, first, ranks)
+        vectors = _recall(open_cache(), contents, ranks)
+    else:
+        vectors = compute()
     teacher = Teacher(vectors, width, facts)
     _warn_of_collapse(teacher, sampler, first, ranks)
     return teacher
+
+
+def _recall(cache: TeacherCache, contents: Callable[[Sequence[Text]], list[bytes]], ranks: Ranks) -> Vectors:
+    return lambda texts: torch.from_numpy(cache.vectors(contents(texts))).to(ranks.device)
 
 
 def _warn_of_collapse(teacher: Teacher, sampler: Sampler, first: int, ranks: Ranks) -> None:
@@ -112,7 +114,7 @@ def _warn_of_collapse(teacher: Teacher, sampler: Sampler, first: int, ranks: Ran
         )
 
 
-def _config_of(given: Model | Base) -> Any:
+def _config_of(given: Model | Base) -> DecoderConfig:
     return given.config if isinstance(given, Base) else given.decoder.config
 
 
