@@ -13,7 +13,7 @@ from f2llm.model.decoder import Decoder, DecoderConfig, config_to_json, initiali
 from f2llm.model.folder import Model, ModelFacts, load_model, save_model
 from f2llm.model.tokenizer import EOS
 from f2llm.plan.shapes import Shapes
-from f2llm.plan.stages import Machine, plan
+from f2llm.plan.stages import Machine, plan, render
 from f2llm.recipe import PruneStage, Recipe, load
 from f2llm.recipe_train import TrainStage
 from f2llm.train.stage import train_stage
@@ -102,6 +102,8 @@ def test_every_recipe_can_be_planned(path: Path, tmp_path: Path, monkeypatch: py
     recipe = load(path)
     planned = plan(recipe, Machine(8, "b200"))
     assert [one.name for one in planned] == list(recipe.stages)
+    written = render(recipe, Machine(8, "b200"), planned)
+    assert all(f"\n{one.name} ({one.kind}): " in written for one in planned)
     for one in planned:
         if one.kind == "train":
             assert one.steps and one.hours > 0 and one.problem is None, one.problem

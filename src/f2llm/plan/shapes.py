@@ -6,6 +6,7 @@ not there.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,11 +139,13 @@ def fake_ranks(world: int) -> Iterator[Ranks]:
         raise F2Error(
             "a plan was asked for inside a run of several processes; ask for it in a process of its own."
         )
+    hook = sys.excepthook  # which the group replaces, so that tracebacks name a rank
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield Ranks(0, world, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 @lru_cache(maxsize=32)  # stages share shapes

@@ -291,7 +291,8 @@ def _cells(one: StagePlan) -> tuple[str, ...]:
     if one.parameters is None:
         return (one.name, *["-"] * 6)
     memory = f"{sum(one.memory.values()) / GIB:,.1f}" + ("!" if one.problem else "") if one.memory else "-"
-    return (one.name, f"{one.parameters:,}", memory, *_sums(asdict(one)))
+    work = ["-"] * 4 if one.tokens is None else _sums(asdict(one))
+    return (one.name, f"{one.parameters:,}", memory, *work)
 
 
 def _sums(numbers: dict[str, Any]) -> tuple[str, ...]:
