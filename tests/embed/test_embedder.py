@@ -139,7 +139,8 @@ def test_a_text_that_is_too_long_is_refused_or_cut_before_eos(embedder: Embedder
     text = " ".join(["simba"] * 200)
     with pytest.raises(UsageError, match=r"text 1 has \d+ tokens, the limit is 64.*truncation"):
         embedder.encode(["short", text])
-    (full,) = embedder._tokenize([text[:-1]], "", "truncate")
+    (full,), cut = embedder.fit(embedder.token_ids([text[:-1]]), "truncate")
+    assert cut == 1
     assert len(full) == 64 and full[-1] == embedder.facts.eos_id
     with torch.no_grad():
         expected = embedder._model.decoder(torch.tensor(full), [64]).numpy()
@@ -161,7 +162,7 @@ def test_wrong_arguments_are_named(embedder: Embedder) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(F2Error, match="not a model folder"):
+    with pytest.raises(F2Error, match=r"config.json is missing; check the path"):
         Embedder(tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_transformers_gives_the_same_ids_and_vectors(model_folder: Path, embedde
     model = AutoModel.from_pretrained(model_folder).eval()
     assert type(model).__name__ == "Qwen3Model"
     ids = [tokenizer(text, truncation=True)["input_ids"] for text in TEXTS]
-    assert ids == embedder._tokenize(TEXTS, "", "truncate")
+    assert ids == embedder.fit(embedder.token_ids(TEXTS), "truncate")[0]
     assert tokenizer.eos_token_id == embedder.facts.eos_id != tokenizer.pad_token_id
     padded = tokenizer(TEXTS, truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -1,11 +1,13 @@
-"""The one way from text to vectors: library, evaluator and search all call `Embedder.encode`.
+"""The one way from text to vectors: library, server, evaluator, miner and search all call `Embedder`.
 
-Texts are cleaned and tokenised, each distinct one is computed once, in batches of similar length under a token
-budget; vectors are truncated to a Matryoshka size and then normalised, in this order, in one function.
+Texts are cleaned and tokenised (`token_ids`, `fit`), each distinct one is computed once, in batches of similar length
+under a token budget (`raw`); vectors are truncated to a Matryoshka size and then normalised, in this order, in one
+function (`truncate`). `encode` is all of it; a server does the steps one by one.
 
 Shape suffixes: N texts, U distinct token sequences, D dims.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,10 +16,11 @@ import numpy as np
 import torch
 
 from f2llm.errors import UsageError
+from f2llm.model.base import load_base
 from f2llm.model.batches import forward, token_batches
-from f2llm.model.folder import load_model, model_size
+from f2llm.model.folder import model_size
 from f2llm.model.prompts import query_prefix
-from f2llm.model.tokenizer import TooLong, encode
+from f2llm.model.tokenizer import TooLong, fit, token_ids
 
 TOKENS_PER_BATCH = 8192
 STREAM_CHUNK = 4096  # texts of an endless stream that are in memory at once
@@ -36,13 +39,19 @@ def truncate(vectors_ND: np.ndarray, dim: int, normalize: bool = True) -> np.nda
 
 
 class Embedder:
-    """A model folder, ready to turn texts into vectors."""
+    """A model, ready to turn texts into vectors."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._model = load_model(Path(path))
+    def __init__(self, source: str | Path) -> None:
+        """Any Qwen3 embedding model: a folder, or a model of the hub as `owner/name` or `owner/name@revision`.
+
+        Raises F2Error for a model whose vectors this decoder would compute otherwise (see `f2llm.model.base`).
+        """
+        self._model = load_base(source)
         self.facts = self._model.facts
+        self.tokenizer = self._model.tokenizer
         self.sizes = self.facts.matryoshka_sizes
         self.dim = self.facts.dim or self._model.decoder.config.hidden_size
+        self.max_length = self.facts.max_length
         self.identity = self.facts.identity
         self.parameters = model_size(self._model.decoder)
 
@@ -64,7 +73,8 @@ class Embedder:
             instruction: the query's instruction instead of the model's default; implies prompt="query".
             dim: any size from 1 to the model's width (the trained Matryoshka sizes are in `sizes`).
             normalize: unit length at every dim.
-            too_long: "error", or "truncate" (EOS stays) for texts longer than the model was trained on.
+            too_long: "error", or "truncate" (EOS stays, and a warning counts them) for texts longer than the model
+                was trained on.
 
         Returns:
             float32 [N, D], or [D] for a single string.
@@ -78,9 +88,10 @@ class Embedder:
                 normalize=normalize,
                 too_long=too_long,
             )[0]
-        width = self._check_dim(dim)
-        ids = self._tokenize(texts, self.prefix(prompt, instruction), too_long)
-        return truncate(self._forward(ids), width, normalize)
+        width = self.check_dim(dim)
+        ids, cut = self.fit(self.token_ids(texts, prompt=prompt, instruction=instruction), too_long)
+        _warn_of_cut(cut, self.max_length)
+        return truncate(self.raw(ids), width, normalize)
 
     def encode_stream(
         self,
@@ -93,16 +104,19 @@ class Embedder:
         too_long: TooLong = "error",
     ) -> Iterator[np.ndarray]:
         """`encode` for endless input: one float32 [D] vector per text, in order, in constant memory."""
-        width, prefix = self._check_dim(dim), self.prefix(prompt, instruction)
-        remaining, done = iter(texts), 0
+        width = self.check_dim(dim)
+        remaining, done, cut = iter(texts), 0, 0
         while chunk := list(islice(remaining, STREAM_CHUNK)):
-            ids = self._tokenize(chunk, prefix, too_long, first=done)
-            yield from truncate(self._forward(ids), width, normalize)
-            done += len(chunk)
+            ids = self.token_ids(chunk, prompt=prompt, instruction=instruction, first=done)
+            ids, more = self.fit(ids, too_long, first=done)
+            yield from truncate(self.raw(ids), width, normalize)
+            done, cut = done + len(chunk), cut + more
+        _warn_of_cut(cut, self.max_length)
 
     def tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
         """Number of tokens that `encode` computes for these texts: distinct ones once, prompt and EOS included."""
-        return sum(map(len, set(map(tuple, self._tokenize(texts, self.prefix(prompt, None), "truncate")))))
+        ids, _ = self.fit(self.token_ids(texts, prompt=prompt), "truncate")
+        return sum(map(len, set(map(tuple, ids))))
 
     def prefix(self, prompt: str | None, instruction: str | None) -> str:
         """What `encode` puts in front of each text."""
@@ -117,29 +131,36 @@ class Embedder:
         chosen = self.facts.instruction if instruction is None else instruction
         return query_prefix(chosen, self.facts.template) if prompt != "document" and chosen else ""
 
-    def _check_dim(self, dim: int | None) -> int:
+    def check_dim(self, dim: int | None) -> int:
+        """The number of dimensions that is meant; UsageError if the model has not so many."""
         if dim is None:
             return self.dim
         if not 1 <= dim <= self.dim:
             raise UsageError(f"dim is {dim}; this model gives 1 to {self.dim} (trained sizes: {self.sizes}).")
         return dim
 
-    def _tokenize(
-        self, texts: Sequence[str], prefix: str, too_long: TooLong, first: int = 0
+    def token_ids(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str | None = None,
+        instruction: str | None = None,
+        first: int = 0,
     ) -> list[list[int]]:
-        return encode(
-            self._model.tokenizer,
-            texts,
-            prefix=prefix,
-            eos_id=self.facts.eos_id,
-            max_length=self.facts.max_length,
-            too_long=too_long,
-            first=first,
-        )
+        """Token ids of each text with its prompt, EOS included, however many; `first` numbers texts in errors."""
+        prefix = self.prefix(prompt, instruction)
+        return token_ids(self._model.tokenizer, texts, prefix, self.facts.eos_id, first)
+
+    def fit(self, ids: Sequence[list[int]], too_long: TooLong, first: int = 0) -> tuple[list[list[int]], int]:
+        """Token sequences that the model takes, and how many were cut (EOS stays); UsageError unless "truncate"."""
+        return fit(ids, self.max_length, too_long, first)
 
     @torch.inference_mode()
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
-        """Raw vectors [N, D] of token sequences: distinct ones once, sorted by length, by token budget."""
+    def raw(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Vectors as the decoder gives them, float32 [N, width], of token sequences that `fit` gave.
+
+        Distinct ones are computed once, sorted by length, by token budget.
+        """
         number: dict[tuple[int, ...], int] = {}
         row_N = [number.setdefault(tuple(sequence), len(number)) for sequence in ids]
         distinct = list(number)
@@ -147,3 +168,8 @@ class Embedder:
         for batch in token_batches([len(sequence) for sequence in distinct], TOKENS_PER_BATCH):
             vectors_UD[batch] = forward(self._model.decoder, [distinct[i] for i in batch]).numpy()
         return vectors_UD[row_N]
+
+
+def _warn_of_cut(cut: int, max_length: int) -> None:
+    if cut:
+        warnings.warn(f"{cut} texts were cut to {max_length} tokens", stacklevel=3)

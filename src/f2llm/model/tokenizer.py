@@ -77,17 +77,20 @@ def encode(
     too_long: TooLong,
     first: int = 0,
 ) -> list[list[int]]:
-    """Token ids of each text, each ending in EOS.
+    """Token ids of each text, each ending in EOS and of at most `max_length` tokens: `token_ids`, then `fit`."""
+    return fit(token_ids(tokenizer, texts, prefix, eos_id, first), max_length, too_long, first)[0]
+
+
+def token_ids(
+    tokenizer: Tokenizer, texts: Sequence[str], prefix: str, eos_id: int, first: int = 0
+) -> list[list[int]]:
+    """Token ids of each text, whatever their number, each ending in EOS.
 
     Args:
         texts: any strings; `f2llm.text.clean` is applied.
         prefix: the prompt, put in front of every text.
-        max_length: most tokens of a text, EOS included.
-        too_long: "error" refuses a longer text; "truncate" cuts it before EOS, which stays.
         first: number of the first text, for errors.
     """
-    if too_long not in get_args(TooLong):
-        raise UsageError(f"too_long is {too_long!r}; expected 'error' or 'truncate'.")
     prefix = clean(prefix)
     encoded = [e.ids for e in tokenizer.encode_batch_fast([prefix + clean(text) for text in texts])]
     for position, ids in enumerate(encoded):
@@ -97,14 +100,31 @@ def encode(
                 f"EOS {eos_id}; its post-processor does not append EOS, so vectors would be wrong: "
                 "repair tokenizer.json."
             )
-        if len(ids) > max_length:
-            if too_long == "error":
-                raise UsageError(
-                    f"text {first + position} has {len(ids)} tokens, the limit is {max_length}; "
-                    'shorten it, or ask for truncation (--truncate, or too_long="truncate").'
-                )
-            encoded[position] = [*ids[: max_length - 1], eos_id]
     return encoded
+
+
+def fit(
+    ids: Sequence[list[int]], max_length: int, too_long: TooLong, first: int = 0
+) -> tuple[list[list[int]], int]:
+    """Token sequences of at most `max_length` tokens, EOS included, and how many of them were cut.
+
+    Args:
+        ids: each ending in EOS.
+        too_long: "error" refuses a longer text; "truncate" cuts it before EOS, which stays.
+        first: number of the first text, for errors.
+    """
+    if too_long not in get_args(TooLong):
+        raise UsageError(f"too_long is {too_long!r}; expected 'error' or 'truncate'.")
+    long = [position for position, sequence in enumerate(ids) if len(sequence) > max_length]
+    if long and too_long == "error":
+        raise UsageError(
+            f"text {first + long[0]} has {len(ids[long[0]])} tokens, the limit is {max_length}; "
+            'shorten it, or ask for truncation (--truncate, or too_long="truncate").'
+        )
+    fitting = list(ids)
+    for position in long:
+        fitting[position] = [*ids[position][: max_length - 1], ids[position][-1]]
+    return fitting, len(long)
 
 
 def tokenizer_stage(config: TokenizerStage, *, data: Path, out: Path) -> dict[str, Any]:
