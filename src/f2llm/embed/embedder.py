@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from f2llm.embed.prefixes import Prefixes, in_common
 from f2llm.errors import UsageError
 from f2llm.model.base import load_base
 from f2llm.model.batches import forward, token_batches
+from f2llm.model.decoder import Prefix
 from f2llm.model.folder import model_size
 from f2llm.model.prompts import query_prefix
 from f2llm.model.tokenizer import TooLong, fit, token_ids
@@ -54,6 +56,7 @@ class Embedder:
         self.max_length = self.facts.max_length
         self.identity = self.facts.identity
         self.parameters = model_size(self._model.decoder)
+        self._prefixes = Prefixes(self._prefix)
 
     def encode(
         self,
@@ -114,7 +117,7 @@ class Embedder:
         _warn_of_cut(cut, self.max_length)
 
     def tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
-        """Number of tokens that `encode` computes for these texts: distinct ones once, prompt and EOS included."""
+        """Number of tokens of these texts, distinct ones once, cut where too long, prompt and EOS included."""
         ids, _ = self.fit(self.token_ids(texts, prompt=prompt), "truncate")
         return sum(map(len, set(map(tuple, ids))))
 
@@ -149,7 +152,10 @@ class Embedder:
     ) -> list[list[int]]:
         """Token ids of each text with its prompt, EOS included, however many; `first` numbers texts in errors."""
         prefix = self.prefix(prompt, instruction)
-        return token_ids(self._model.tokenizer, texts, prefix, self.facts.eos_id, first)
+        ids = token_ids(self.tokenizer, texts, prefix, self.facts.eos_id, first)
+        if prefix and ids:
+            self._prefixes.offer(self._tokens_of_prompt(prefix, ids[0]))
+        return ids
 
     def fit(self, ids: Sequence[list[int]], too_long: TooLong, first: int = 0) -> tuple[list[list[int]], int]:
         """Token sequences that the model takes, and how many were cut (EOS stays); UsageError unless "truncate"."""
@@ -159,15 +165,28 @@ class Embedder:
     def raw(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Vectors as the decoder gives them, float32 [N, width], of token sequences that `fit` gave.
 
-        Distinct ones are computed once, sorted by length, by token budget.
+        Distinct ones are computed once, sorted by length, by token budget, and a prefix that many share once for all.
         """
         number: dict[tuple[int, ...], int] = {}
         row_N = [number.setdefault(tuple(sequence), len(number)) for sequence in ids]
         distinct = list(number)
         vectors_UD = np.empty((len(distinct), self._model.decoder.config.hidden_size), dtype=np.float32)
-        for batch in token_batches([len(sequence) for sequence in distinct], TOKENS_PER_BATCH):
-            vectors_UD[batch] = forward(self._model.decoder, [distinct[i] for i in batch]).numpy()
+        for tokens, members in self._prefixes.groups(distinct):
+            prefix = self._prefixes.state(tokens) if tokens else None
+            behind = [distinct[i][len(tokens) :] for i in members]
+            for batch in token_batches([len(sequence) for sequence in behind], TOKENS_PER_BATCH):
+                vectors_BD = forward(self._model.decoder, [behind[i] for i in batch], prefix=prefix)
+                vectors_UD[[members[i] for i in batch]] = vectors_BD.numpy()
         return vectors_UD[row_N]
+
+    def _tokens_of_prompt(self, prefix: str, ids: list[int]) -> tuple[int, ...]:
+        """Those that a prompt has in front of every text: not its last ones, which may change with what follows."""
+        (alone,) = token_ids(self.tokenizer, [prefix], "", self.facts.eos_id)
+        return tuple(ids[: in_common(alone, ids)])
+
+    @torch.inference_mode()
+    def _prefix(self, tokens: tuple[int, ...]) -> Prefix:
+        return self._model.decoder.prefix(torch.tensor(tokens))
 
 
 def _warn_of_cut(cut: int, max_length: int) -> None:

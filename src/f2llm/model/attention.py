@@ -7,7 +7,7 @@ flash attention where the device and the dtype allow, otherwise FlexAttention.
 
 Shape suffixes: T tokens of all sequences, Q queries (T of them, or N if only final tokens ask), N sequences, C
 sequences of a group, L their length, H query heads, G key/value heads, D head width; inside a block, M rows of one
-key/value head (its query heads times the block's queries) and S keys.
+key/value head (its query heads times the block's queries) and S keys; P tokens of a prefix.
 """
 
 import inspect
@@ -27,6 +27,7 @@ BLOCKED_FROM = 128  # tokens of a sequence; below, torch's flash attention is as
 BLOCK = 128  # queries
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Layout, bool], Tensor]
+KeysValues = tuple[Tensor, Tensor]  # [P, G, D] each, of a prefix of P tokens
 
 
 def attend_groups(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: Layout, last_only: bool) -> Tensor:
@@ -54,7 +55,38 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     return attend_flex
 
 
+@torch.no_grad()
+def attend_behind(
+    prefix: KeysValues, q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: Layout, last_only: bool
+) -> Tensor:
+    """`attend_groups` for sequences that all stand behind one prefix, on a CPU and without gradient.
+
+    Every query sees the whole prefix, so that is one attention for all of them, and one inside each sequence as ever.
+    The two softmaxes become one by the logarithms of their sums: with shares e^a and e^b the prefix has a part of
+    e^a / (e^a + e^b) = sigmoid(a - b).
+    """
+    own_QHD = torch.empty_like(q_QHD)
+    sums = []
+    for q, k, v, out in _groups(layout, last_only, (q_QHD, own_QHD), (k_TGD, v_TGD)):
+        mixed, log_sum_CHL = _flash(*_heads_first(q, k, v), causal=not last_only)
+        out.copy_(mixed.transpose(1, 2))
+        sums.append(log_sum_CHL.transpose(1, 2).flatten(0, 1))
+    before_1HQD, log_sum_1HQ = _flash(
+        *_heads_first(*(t.unsqueeze(0) for t in (q_QHD, *prefix))), causal=False
+    )
+    part_QH1 = torch.sigmoid(log_sum_1HQ[0].T - torch.cat(sums)).unsqueeze(-1)
+    return own_QHD.lerp_(before_1HQD[0].transpose(0, 1), part_QH1)
+
+
 # --- CPU
+
+
+def _flash(q_CHLD: Tensor, k_CGLD: Tensor, v_CGLD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """What is mixed, [C, H, L, D], and the logarithms of the softmax's sums, [C, H, L]."""
+    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_CHLD, k_CGLD, v_CGLD, is_causal=causal
+    )
+    return found
 
 
 def _on_cpu(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: Layout, last_only: bool) -> Tensor:
@@ -81,9 +113,7 @@ class _GroupAttention(torch.autograd.Function):
                 for sequence in zip(q, k, v, out, strict=True):
                     _blocks_forward(*sequence)
             else:
-                mixed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *_heads_first(q, k, v), is_causal=not last_only
-                )
+                mixed, log_sum = _flash(*_heads_first(q, k, v), causal=not last_only)
                 out.copy_(mixed.transpose(1, 2))
                 sums.append(log_sum)
         ctx.save_for_backward(q_QHD, k_TGD, v_TGD, out_QHD, *sums)

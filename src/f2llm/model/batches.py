@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from f2llm.model.decoder import WHOLE, Cuts, Decoder
+from f2llm.model.decoder import WHOLE, Cuts, Decoder, Prefix
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -23,8 +23,10 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def forward(decoder: Decoder, ids: Sequence[Sequence[int]], cuts: Cuts = WHOLE) -> Tensor:
+def forward(
+    decoder: Decoder, ids: Sequence[Sequence[int]], cuts: Cuts = WHOLE, prefix: Prefix | None = None
+) -> Tensor:
     """Raw vectors [N, D] of N token sequences (those of exits in front), computed at once on the decoder's device."""
     device = decoder.embed_tokens.weight.device
     ids_T = torch.tensor(list(chain.from_iterable(ids)), device=device)
-    return decoder(ids_T, [len(sequence) for sequence in ids], cuts)
+    return decoder(ids_T, [len(sequence) for sequence in ids], cuts, prefix)

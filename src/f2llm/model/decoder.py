@@ -8,16 +8,16 @@ Shape suffixes: T tokens of all sequences, N sequences, C sequences in one group
 H query heads, G key/value heads, D head width, E hidden width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from f2llm.errors import F2Error
 from f2llm.family import parameter_count
-from f2llm.model.attention import attend_groups
+from f2llm.model.attention import KeysValues, attend_behind, attend_groups
 from f2llm.model.fused import norm_rope, rms_norm, swiglu
 from f2llm.model.layout import Layout, make_layout
 
@@ -146,15 +146,28 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(width, config.rms_norm_eps)
         self.k_norm = HeadNorm(width, config.rms_norm_eps)
 
-    def forward(self, x_TE: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], last_only: bool) -> Tensor:
+    def forward(
+        self,
+        x_TE: Tensor,
+        layout: Layout,
+        rope: tuple[Tensor, Tensor],
+        last_only: bool,
+        prefix: KeysValues | None = None,
+    ) -> Tensor:
         """Returns [T, E], or [N, E] for the final tokens alone if `last_only`."""
-        k_TGD = self.k_norm(self.k_proj(x_TE).unflatten(-1, (-1, self.head_dim)), rope)
-        v_TGD = self.v_proj(x_TE).unflatten(-1, (-1, self.head_dim))
+        k_TGD, v_TGD = self.keys_values(x_TE, rope)
         if last_only:
             x_TE, cos_T1D, sin_T1D = (t.index_select(0, layout.last_N) for t in (x_TE, *rope))
             rope = cos_T1D, sin_T1D
         q_THD = self.q_norm(self.q_proj(x_TE).unflatten(-1, (-1, self.head_dim)), rope)
-        return self.o_proj(attend_groups(q_THD, k_TGD, v_TGD, layout, last_only).flatten(1))
+        of_batch = q_THD, k_TGD, v_TGD, layout, last_only
+        mixed_THD = attend_behind(prefix, *of_batch) if prefix else attend_groups(*of_batch)
+        return self.o_proj(mixed_THD.flatten(1))
+
+    def keys_values(self, x_TE: Tensor, rope: tuple[Tensor, Tensor]) -> KeysValues:
+        """[T, G, D] each."""
+        k_TGD = self.k_norm(self.k_proj(x_TE).unflatten(-1, (-1, self.head_dim)), rope)
+        return k_TGD, self.v_proj(x_TE).unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
@@ -180,8 +193,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TE: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], last_only: bool) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_TE), layout, rope, last_only)
+    def forward(
+        self,
+        x_TE: Tensor,
+        layout: Layout,
+        rope: tuple[Tensor, Tensor],
+        last_only: bool,
+        prefix: KeysValues | None = None,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_TE), layout, rope, last_only, prefix)
         if last_only:
             x_TE = x_TE.index_select(0, layout.last_N)
         x_TE = x_TE + attended
@@ -199,6 +219,14 @@ class Cuts:
 WHOLE = Cuts()
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What the tokens that several sequences begin with leave to those behind them."""
+
+    length: int  # tokens
+    layers: Sequence[KeysValues]
+
+
 class Decoder(nn.Module):
     """A Qwen3 decoder that returns one vector per sequence."""
 
@@ -209,12 +237,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids_T: Tensor, lengths: Sequence[int], cuts: Cuts = WHOLE) -> Tensor:
+    def forward(
+        self, ids_T: Tensor, lengths: Sequence[int], cuts: Cuts = WHOLE, prefix: Prefix | None = None
+    ) -> Tensor:
         """Vectors of the final tokens, before any normalisation to unit length.
 
         Args:
             ids_T: int64 [T], the token ids of all sequences one after another, each ending in EOS.
             lengths: number of tokens of each sequence, N of them, adding up to T.
+            prefix: of all sequences, whose ids and lengths are then what follows it (CPU, no gradient, no cuts).
 
         Returns:
             [N, E] in the weights' dtype, in the order given; with exits [N, exits * E + E], theirs in front.
@@ -224,15 +255,29 @@ class Decoder(nn.Module):
         if cuts.table_EE is not None:
             x_TE = x_TE @ cuts.table_EE.to(x_TE)
         left: list[Tensor] = []
-        rope = rope_tables(self.config, layout.positions_T, x_TE.dtype)
+        positions_T = layout.positions_T + prefix.length if prefix else layout.positions_T
+        rope = rope_tables(self.config, positions_T, x_TE.dtype)
         final = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            x_TE = layer(x_TE, layout, rope, last_only=number == final)
+            before = prefix.layers[number] if prefix else None
+            x_TE = layer(x_TE, layout, rope, last_only=number == final, prefix=before)
             if number + 1 in cuts.exits:
                 left.append(self.norm(x_TE.index_select(0, layout.last_N)))
         vectors_NE = self.norm(x_TE)
         together = torch.cat([*left, vectors_NE], dim=1) if left else vectors_NE
         return together.index_select(0, layout.restore_N)
+
+    @torch.no_grad()
+    def prefix(self, ids_P: Tensor) -> Prefix:
+        """What sequences that begin with these P tokens need of them, since no token sees a later one."""
+        layout = make_layout([len(ids_P)], ids_P.device)
+        x_PE = self.embed_tokens(ids_P)
+        rope = rope_tables(self.config, layout.positions_T, x_PE.dtype)
+        kept = []
+        for layer in cast(Iterable[Layer], self.layers):
+            kept.append(layer.self_attn.keys_values(layer.input_layernorm(x_PE), rope))
+            x_PE = layer(x_PE, layout, rope, last_only=False)
+        return Prefix(len(ids_P), kept)
 
 
 def initialise(decoder: Decoder, generator: torch.Generator) -> None:
