@@ -55,7 +55,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV), once: about a minute and 2 GB of disk'
 	$(BIN)/python $(PIP_INSTALL) hatchling
-	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[search,eval,data,ray,lora,tensorboard,export,dev]'
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[search,eval,data,ray,lora,tensorboard,export,serve,dev]'
 	@touch $@
 
 # Peers may need other versions of anything but torch, so that one pin is all they share with .venv.

@@ -35,7 +35,7 @@ def wrong_uses(model: Path, folder: Path) -> dict[str, tuple[list[str | Path], i
         "no such verb": (["serch"], 2, "search"),
         "no such recipe": (["run", folder / "none.yaml"], 2, "none.yaml"),
         "a key that is not one": (["run", folder / "empty.yaml"], 2, "empty.yaml:3: unknown key 'stagse'"),
-        "not a model": (["embed", folder, folder / "bad.jsonl"], 1, "not a model folder"),
+        "not a model": (["embed", folder, folder / "bad.jsonl"], 1, "config.json is missing"),
         "no such file": (["embed", model, folder / "none.txt"], 2, "none.txt is missing"),
         "a row without text": (["embed", model, folder / "bad.jsonl"], 2, "bad.jsonl, line 2, column 'text'"),
         "a size too large": (["embed", model, folder / "bad.jsonl", "--dim", "999"], 2, "dim is 999"),

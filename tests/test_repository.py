@@ -41,9 +41,9 @@ HEIGHTS = (
     {"model"},
     {"train", "embed"},
     {"compress", "evaluate", "mine", "search", "plan", "export"},
-    {"synthetic"},
+    {"synthetic", "serve", "verify"},
     {"summary", "stages"},
-    {"pipeline", "doctor", "cli_data", "cli_models"},
+    {"pipeline", "doctor", "cli_data", "cli_models", "cli_serve", "cli_verify"},
     {"cli"},
     {"__main__"},
 )
@@ -51,7 +51,7 @@ HEIGHTS = (
 # Libraries that only these places may import.
 HEAVY = {
     "transformers": ("synthetic/local.py",),
-    "sentence_transformers": ("mine/cross_encoder.py",),
+    "sentence_transformers": ("mine/cross_encoder.py", "verify/peer.py"),
     "datasets": ("data/hub.py",),
     "mteb": ("data/held_out.py",),
     "ray": ("engine.py",),
@@ -61,7 +61,10 @@ HEAVY = {
     "peft": ("train/lora.py",),
     "tensorboardX": ("train/watch.py",),
     "py3langid": ("data/language_id.py",),
-    "httpx2": ("synthetic/client.py", "train/teacher_endpoint.py"),
+    "httpx2": ("synthetic/client.py", "train/teacher_endpoint.py", "verify/server.py"),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
+    "tiktoken": ("serve/token_arrays.py",),
 }
 
 # Addresses of package registries, paths of one person's machine, and references into a tracker. The bracketed

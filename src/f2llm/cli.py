@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -14,7 +15,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from f2llm import __version__, cli_data, cli_models, runtime
+from f2llm import __version__, cli_data, cli_models, cli_serve, cli_verify, runtime
 from f2llm.errors import F2Error, UsageError, plain_errors
 from f2llm.progress import say
 
@@ -139,6 +140,8 @@ def plan(
 
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_models.app)
+app.add_typer(cli_serve.app)
+app.add_typer(cli_verify.app)
 
 
 @app.command()
@@ -253,6 +256,7 @@ def main() -> None:
     """Entry point of the `f2llm` command: whatever goes wrong is one sentence, unless --debug is given."""
     runtime.keep_memory()
     signal.signal(signal.SIGINT, _interrupt)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         with plain_errors("the command", Path.cwd()):
             app()

@@ -39,7 +39,8 @@ def prune(
         Literal["activation", "taylor"], typer.Option(help="What tells the units that matter.")
     ] = "activation",
     depth: Annotated[
-        Literal["first", "change"], typer.Option(help="Keep the first layers, or those that change most.")
+        Literal["first", "change", "even"],
+        typer.Option(help="Keep the first layers, those that change most, or some at even distances."),
     ] = "first",
     seed: Annotated[int, typer.Option(help="Of the calibration rows that are drawn.")] = 0,
 ) -> None:

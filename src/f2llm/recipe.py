@@ -77,8 +77,10 @@ class PruneStage(Strict):
         description="what the strongest units are: those of the largest activations, or those that a contrastive loss "
         "of queries and positives depends on most",
     )
-    depth: Literal["first", "change"] = Field(
-        "first", description="which layers to keep: the first, or those that change a text's tokens most"
+    depth: Literal["first", "change", "even"] = Field(
+        "first",
+        description="which layers to keep: the first, those that change a text's tokens most, or some at "
+        "even distances",
     )
     calibration_texts: int = Field(1000, ge=1, description="texts, or with 'taylor' pairs, to measure on")
 

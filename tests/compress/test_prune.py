@@ -28,7 +28,8 @@ from f2llm.compress.cutting import (
     kept_of_the_uncut,
     strongest,
 )
-from f2llm.compress.prune import contrastive_loss, prune_model, prune_stage
+from f2llm.compress.layerwise import Scores
+from f2llm.compress.prune import _layers, contrastive_loss, prune_model, prune_stage
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import UsageError
 from f2llm.model.base import load_base
@@ -373,6 +374,14 @@ def foreign(make_model: MakeModel, tmp_path: Path) -> Path:
     model.tokenizer.save(str(folder / "tokenizer.json"))
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     return folder
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])])
+def test_even_depth_keeps_the_first_layer_the_last_and_some_between(layers: int, kept: list[int]) -> None:
+    one = torch.ones(4, 8)
+    scores = Scores(hidden_E=one[0], mlp=list(one), groups=list(one), change=torch.arange(4.0))
+    assert _layers(scores, layers, "even") == kept
+    assert _layers(scores, layers, "change") == list(range(4 - layers, 4))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """From text to vectors: alone or in any company, at any size, with and without prompts, in bounded memory."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -257,3 +258,14 @@ def test_token_batches_share_out_all_texts_within_the_budget(budget: int) -> Non
 
 def test_the_package_offers_this_class() -> None:
     assert PublicEmbedder is Embedder
+
+
+def test_texts_that_are_cut_are_counted(embedder: Embedder) -> None:
+    long = " ".join(["simba"] * 200)
+    with pytest.warns(UserWarning, match="^2 of the texts cut to 64 tokens$"):
+        embedder.encode(["short", long, long + " tembo"], too_long="truncate")
+    with pytest.warns(UserWarning, match="^1 of the texts cut to 64 tokens$"):
+        list(embedder.encode_stream(["short", long], too_long="truncate"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedder.encode(["short"], too_long="truncate")

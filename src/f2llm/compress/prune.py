@@ -40,7 +40,7 @@ from f2llm.progress import say
 from f2llm.recipe import PruneStage
 from f2llm.train.objective import NONE, TEMPERATURE, Roles, contrastive_terms, matryoshka_sizes
 
-Depth = Literal["first", "change"]
+Depth = Literal["first", "change", "even"]
 CALIBRATION_TEXTS: dict[Score, int] = {"activation": 1000, "taylor": 256}  # by default
 
 
@@ -77,7 +77,8 @@ def prune_model(
         calibration: folders of rows or files of texts, as `draw_rows` takes them; with positives for "taylor".
         size, parameters, hidden_size, intermediate_size, layers, heads: as `shapes_to_cut` takes them.
         score: how units and heads are compared (`layerwise`).
-        depth: keep the "first" layers, as in the paper, or those that "change" a token's direction most.
+        depth: keep the "first" layers, as in the paper, those that "change" a token's direction most, or layers at
+            "even" distances, the first and the last among them.
         calibration_texts: texts, or for "taylor" pairs of them, to measure on; by default CALIBRATION_TEXTS.
             Of each the first TOKENS_AT_ONCE tokens count.
 
@@ -163,14 +164,22 @@ def _prune(
 
 
 def _choose(scores: Scores, shape: DecoderConfig, depth: Depth) -> Kept:
-    count = shape.num_hidden_layers
-    layers = strongest(scores.change, count).tolist() if depth == "change" else list(range(count))
+    layers = _layers(scores, shape.num_hidden_layers, depth)
     return Kept(
         hidden_E=strongest(scores.hidden_E, shape.hidden_size),
         layers=layers,
         mlp=[strongest(scores.mlp[layer], shape.intermediate_size) for layer in layers],
         groups=[strongest(scores.groups[layer], shape.num_key_value_heads) for layer in layers],
     )
+
+
+def _layers(scores: Scores, count: int, depth: Depth) -> list[int]:
+    if depth == "change":
+        chosen: list[int] = strongest(scores.change, count).tolist()
+        return chosen
+    if depth == "even" and count > 1:
+        return torch.linspace(0, len(scores.change) - 1, count).round().int().tolist()
+    return list(range(count))
 
 
 def _measure(base: Base, weights: TensorFiles, rows: Sequence[Row], score: Score, folder: Path) -> Scores:

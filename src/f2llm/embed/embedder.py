@@ -191,4 +191,4 @@ class Embedder:
 
 def _warn_of_cut(cut: int, max_length: int) -> None:
     if cut:
-        warnings.warn(f"{cut} texts were cut to {max_length} tokens", stacklevel=3)
+        warnings.warn(f"{cut} of the texts cut to {max_length} tokens", stacklevel=3)

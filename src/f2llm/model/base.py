@@ -39,6 +39,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 HUB_FILES = [  # no pickles, no code, no copies in other formats
     FACTS,
     "config.json",
+    "golden.json",  # vectors that `f2llm verify` compares with
     "*/config.json",  # of sentence-transformers' modules
     "config_sentence_transformers.json",
     "generation_config.json",

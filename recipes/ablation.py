@@ -1,6 +1,6 @@
 """What each choice of making a small model is worth: recipes/ablation.yaml with three seeds, and the tables of it.
 
-    python benchmarks/ablation.py            (about an hour on 2 cores; goes on where it was stopped)
+    python recipes/ablation.py            (about an hour on 2 cores; goes on where it was stopped)
 
 A seed holds out other rows, draws other weights and batches, and reads other rows of large sources. A score is the
 mean over sources of nDCG@10 (retrieval) or accuracy@1 (clustering, classification) on rows that no model of that seed
@@ -30,9 +30,9 @@ from f2llm.train.objective import matryoshka_sizes
 from f2llm.train.sources import hold_out, load_sources
 from f2llm.train.trials import Trial, prepare
 from f2llm.train.validate import validate
-from harness import ROOT
 
-RECIPE = ROOT / "recipes" / "ablation.yaml"
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = Path(__file__).with_suffix(".yaml")
 SEEDS = ("1", "2", "3")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of seeds
 SHORT = 16  # dimensions of the second score in the tables
@@ -58,9 +58,9 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "small-teacher-alone",
         ),
     ),
-    ("Layers that change most, cut", "small-cut", ("change-cut",)),
-    ("Layers that change most, trained", "small", ("small-change",)),
-    ("Layers that change most, taught", "small-taught", ("small-change-taught",)),
+    ("Layers, cut", "small-cut", ("change-cut", "even-cut")),
+    ("Layers, trained", "small", ("small-change", "small-even")),
+    ("Layers, taught", "small-taught", ("small-change-taught", "small-even-taught")),
     ("Calibration, cut", "small-cut", ("parallel-cut", "two-class-cut", "few-texts-cut", "taylor-cut")),
     (
         "Calibration, taught",
