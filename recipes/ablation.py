@@ -1,6 +1,6 @@
 """What each choice of making a small model is worth: recipes/ablation.yaml with three seeds, and the tables of it.
 
-    python recipes/ablation.py            (about an hour on 2 cores; goes on where it was stopped)
+    python recipes/ablation.py            (about an hour and a quarter on 2 cores; goes on where it was stopped)
 
 A seed holds out other rows, draws other weights and batches, and reads other rows of large sources. A score is the
 mean over sources of nDCG@10 (retrieval) or accuracy@1 (clustering, classification) on rows that no model of that seed

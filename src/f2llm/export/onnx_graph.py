@@ -117,9 +117,11 @@ def int8_linear(graph: Graph, x: str, name: str, weight_OI: Floats) -> str:
     depend on the texts beside it. Weights keep to 7 bits: two products of 8 bits overflow the 16 in which processors
     with AVX2 alone add them.
 
-    QuantizeLinear and DequantizeLinear are meant for scales that are known beforehand, by channel; here the channels
-    are the rows of x. So x is read twice and written once in 8 bits; what the scale would take in single operators
-    (Abs, Div, Round, Add, Cast) costs more than the product itself, where processors multiply 8 bits (VNNI, AMX).
+    QuantizeLinear is meant for scales that are known beforehand, by channel; here the channels are the rows of x. So x
+    is read twice and written once in 8 bits; what the scale would take in single operators (Abs, Div, Round, Add, Cast)
+    costs more than the product itself, where processors multiply 8 bits (VNNI, AMX). The product, its Cast and its Mul
+    by the weights' scales are one kernel in ONNX Runtime, if the Mul is by a product of two scales that are not both
+    constants: hence the one that is computed.
     """
     most_T = graph("Max", _extreme(graph, "ReduceMax", x), graph("Neg", _extreme(graph, "ReduceMin", x)))
     scale_T = graph("Max", graph("Mul", most_T, graph.real(1 / 127)), graph.real(TINY))
@@ -132,8 +134,14 @@ def int8_linear(graph: Graph, x: str, name: str, weight_OI: Floats) -> str:
         graph.tensor(weight_IO.T, name),
         zero,
     )
-    scaled = graph("DequantizeLinear", product, scale_T, axis=0)
-    return graph("Mul", scaled, graph.tensor(scale_O[:, 0], name + "_scale"))
+    scale = graph("Mul", _computed_one(graph, scale_T), graph.tensor(scale_O[:, 0], name + "_scale"))
+    by_weights = graph("Mul", graph.cast(product, "FLOAT"), scale)
+    return graph("Mul", by_weights, graph("Unsqueeze", scale_T, graph.ints(1)))
+
+
+def _computed_one(graph: Graph, x_T: str) -> str:
+    """A scalar 1 that no runtime can know before it sees the input."""
+    return graph("Squeeze", graph.cast(graph("Min", graph("Shape", x_T), graph.ints(1)), "FLOAT"))
 
 
 def _extreme(graph: Graph, op: str, x: str) -> str:

@@ -7,8 +7,8 @@ cannot change a vector. Queries go through attention in blocks, each with the ke
 half of which a causal mask would throw away, four blocks compute 5/8.
 In the last layer the final tokens alone go on. Pooling, the Matryoshka size and the normalisation follow.
 
-Shape suffixes: N texts, L tokens of the longest, B = N * L places of the rectangle, T tokens without padding, H query
-heads, G key/value heads, D head width, C = heads * D, E hidden width, Q = L, or 1 in the last layer.
+Shape suffixes: N texts, L tokens of the longest, T tokens without padding, H query heads, G key/value heads, D head
+width, C = heads * D, E hidden width.
 """
 
 from collections.abc import Callable
@@ -72,11 +72,9 @@ class _Places:
 
     given_T: str  # place of each token in the caller's rectangle
     token_T: str  # place of each token in ours, where padding stands on the right
-    of_place_B: str  # token at each of our places; some other one's at padding
+    of_place_NL: str  # token at each of our places; some other one's at padding
     position_T: str  # of each token in its text
     last_N: str  # token that is pooled
-    shape_N: str  # [1]: N
-    shape_L: str  # [1]: L
     ends: tuple[str, ...]  # [1] each: where blocks of queries begin and end, 0 first and L last
     earlier_LL: str  # what a token may see: padding, which stands on the right, is later
     real_NL: str  # [N, 1, 1, L]: what a final token may see
@@ -104,11 +102,9 @@ def _places(graph: Graph, blocks: int) -> _Places:
     return _Places(
         given_T=given_T,
         token_T=of_tokens(place_NL),
-        of_place_B=_flat(graph, graph("Max", graph("Min", graph("Add", first_N1, column_L), final_N1), zero)),
+        of_place_NL=graph("Max", graph("Min", graph("Add", first_N1, column_L), final_N1), zero),
         position_T=of_tokens(position_NL),
         last_N=graph("Max", _flat(graph, final_N1), zero),
-        shape_N=shape_N,
-        shape_L=shape_L,
         ends=(
             *(graph("Div", graph("Mul", shape_L, graph.ints(n)), graph.ints(blocks)) for n in range(blocks)),
             shape_L,
@@ -173,7 +169,7 @@ def _layer(
         normed = _norm(
             graph, config, read, heads(x, f"self_attn.{name}"), f"{prefix}self_attn.{name}_norm.weight"
         )
-        return _rotated(graph, normed, rope, config.head_dim)
+        return _rotated(graph, normed, rope)
 
     count = {
         "self_attn.q": config.num_attention_heads,
@@ -199,34 +195,30 @@ def _attention(
 ) -> str:
     """[T, H * D], or [N, H * D] of the final tokens in the last layer."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-
-    def shaped(x: str, shape_Q: str, count: int) -> str:
-        shape = graph("Concat", places.shape_N, shape_Q, graph.ints(count * config.head_dim), axis=0)
-        return graph("Reshape", x, shape)
-
-    def laid_out(x: str, count: int) -> str:
-        return shaped(graph("Gather", x, places.of_place_B, axis=0), places.shape_L, count)
-
-    k_NLC, v_NLC = (laid_out(x, groups) for x in (k_TGD, v_TGD))
-    q_NQC = shaped(q_THD, graph.ints(1), heads) if last else laid_out(q_THD, heads)
-
-    def mixed(q: str, k: str, v: str, visible: str) -> str:
-        return graph("Attention", q, k, v, visible, q_num_heads=heads, kv_num_heads=groups)
+    beginning, end_L = places.ends[0], places.ends[-1]
 
     def part(x: str, start: str, end: str, axis: int) -> str:
         return graph("Slice", x, start, end, graph.ints(axis))
 
-    def block(start: str, end: str) -> str:
-        keys, values = (part(x, places.ends[0], end, 1) for x in (k_NLC, v_NLC))
-        earlier = part(part(places.earlier_LL, start, end, 0), places.ends[0], end, 1)
-        return mixed(part(q_NQC, start, end, 1), keys, values, earlier)
+    def laid_out(x: str, count: int, start: str, end: str) -> str:
+        """Places `start` to `end` of each text, [N, end - start, C]: gathered at once, not sliced after it."""
+        rows = graph("Reshape", x, graph.ints(-1, count * config.head_dim))
+        return graph("Gather", rows, part(places.of_place_NL, start, end, 1), axis=0)
 
+    def mixed(q: str, end: str, visible: str) -> str:
+        k, v = (laid_out(x, groups, beginning, end) for x in (k_TGD, v_TGD))
+        return graph("Attention", q, k, v, visible, q_num_heads=heads, kv_num_heads=groups)
+
+    def block(start: str, end: str) -> str:
+        earlier = part(part(places.earlier_LL, start, end, 0), beginning, end, 1)
+        return mixed(laid_out(q_THD, heads, start, end), end, earlier)
+
+    width = heads * config.head_dim
     if last:
-        y_NQC = mixed(q_NQC, k_NLC, v_NLC, places.real_NL)
-    else:
-        y_NQC = graph("Concat", *(block(start, end) for start, end in pairwise(places.ends)), axis=1)
-    flat = graph("Reshape", y_NQC, graph.ints(-1, heads * config.head_dim))
-    return flat if last else graph("Gather", flat, places.token_T, axis=0)
+        y_N1C = mixed(graph("Reshape", q_THD, graph.ints(-1, 1, width)), end_L, places.real_NL)
+        return graph("Reshape", y_N1C, graph.ints(-1, width))
+    y_NLC = graph("Concat", *(block(start, end) for start, end in pairwise(places.ends)), axis=1)
+    return graph("Gather", graph("Reshape", y_NLC, graph.ints(-1, width)), places.token_T, axis=0)
 
 
 def _rope_tables(graph: Graph, config: DecoderConfig, position_T: str) -> tuple[str, str]:
@@ -238,11 +230,10 @@ def _rope_tables(graph: Graph, config: DecoderConfig, position_T: str) -> tuple[
     return graph("Cos", angles), graph("Sin", angles)
 
 
-def _rotated(graph: Graph, x: str, rope: tuple[str, str], width: int) -> str:
-    cos, sin = rope
-    a, b = _slice(graph, x, 0, width // 2), _slice(graph, x, width // 2, width)
-    first = graph("Sub", graph("Mul", a, cos), graph("Mul", b, sin))
-    return graph("Concat", first, graph("Add", graph("Mul", b, cos), graph("Mul", a, sin)), axis=-1)
+def _rotated(graph: Graph, x_THD: str, rope: tuple[str, str]) -> str:
+    """Every token is a text of its own to this operator, with angles of its own: [T, H, 1, D], and [T, 1, D / 2]."""
+    x_TH1D = graph("Unsqueeze", x_THD, graph.ints(2))
+    return graph("Squeeze", graph("RotaryEmbedding", x_TH1D, *rope), graph.ints(2))
 
 
 def _norm(graph: Graph, config: DecoderConfig, read: Read, x: str, weight: str) -> str:
