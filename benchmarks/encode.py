@@ -1,25 +1,38 @@
 """Encoding on the CPU: `Embedder.encode` against sentence-transformers, same weights, same texts, in turns.
 
 The peer runs at its default batch size and at its best of 1, 2, 4 ... 32 (found first, one pass each), both without
-and with our memory policy; tokens are real ones, and both sides are timed from strings to vectors.
+and with our memory policy; tokens are real ones, and both sides are timed from strings to vectors. Counted as
+multiply-adds are those that the vectors cannot be had without. Then short queries behind one instruction, with and
+without computing it once.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from f2llm.files import write_json
+from f2llm.model.decoder import DecoderConfig
+from f2llm.model.folder import Model
+from f2llm.model.prompts import query_prefix
+from f2llm.plan.cost import Load, forward_flops
 from harness import Figure, Part, PeerMissing, Row, Worker, benchmark, measured, skipped, take_turns, worker
-from inputs import EVERYTHING, FULL, SMALL, describe, draw_texts, make_model, token_ids
+from inputs import EVERYTHING, FULL, QUERIES, SMALL, Size, describe, draw_texts, make_model, token_ids
 
 DEFAULT_BATCH = 32  # sentence-transformers' own
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 MAX_LENGTH = 512  # tokens
+QUERY_TOKENS = range(11, 14)
+QUERIES_IN_TURN = 256
+INSTRUCTION = "Given a question in any language, find the passages that answer it in a collection of texts"
 
 AT_DEFAULT = Row("tokens/s, peer at its default batch size", bar=6)
 AT_BEST = Row("tokens/s, peer at its best batch size", bar=1.9)
 COSINE = Row("smallest cosine between our vectors and the peer's", bar=0.99999)
+ARITHMETIC = Row("billion multiply-adds/s of encoding, peer torch.mm alone", bar=0.75)
+SHARED_PREFIX = Row("queries/s of 12 tokens behind 25 of an instruction, peer without sharing them", bar=2)
+SAME_BEHIND = Row("smallest cosine between their vectors with and without sharing", bar=0.99999)
 AT_BEST_POLICY = Row("tokens/s, peer at its best batch size and with our memory policy")
 
 
@@ -73,6 +86,48 @@ def against_our_policy(ours: Worker, peer: Worker, tokens: int) -> tuple[Figure,
     return measured(AT_BEST_POLICY, tokens / seconds["ours"], tokens / seconds["peer"]), best
 
 
+def share_of_arithmetic(ours: Worker, config: DecoderConfig, lengths: Sequence[int]) -> Figure:
+    """Multiply-adds that encoding cannot do without, a second, beside the most that `torch.mm` did; in turns."""
+    products: list[float] = []
+
+    def product() -> float:
+        products.append(ours.call("matrix_product"))
+        return products[-1]
+
+    medians = take_turns({"encode": lambda: ours.call("encode"), "product": product})
+    needed = sum(forward_flops(config, Load.of(lengths))) / 2
+    return measured(ARITHMETIC, needed / medians["encode"] / 1e9, max(products) / 1e9)
+
+
+def shared_prefix(folder: Path, size: Size, model: Model) -> Part:
+    """Queries of about the published length behind one instruction, computed once or with each query."""
+    drawn, origin = draw_texts(size, QUERIES, 4096 if size.real else 256)
+    lengths = {text: len(ids) for text, ids in zip(drawn, token_ids(model, drawn), strict=True)}
+    queries = [text for text in drawn if lengths[text] in QUERY_TOKENS][:QUERIES_IN_TURN]
+    write_json(folder / "queries.json", queries)
+    with worker(
+        "encode_queries", folder / "model", folder / "queries.json", INSTRUCTION, keep_memory=True
+    ) as one:
+        seconds = take_turns(
+            {
+                "shared": lambda: one.call("encode", share=True),
+                "whole": lambda: one.call("encode", share=False),
+            }
+        )
+        figures = [
+            measured(SHARED_PREFIX, len(queries) / seconds["shared"], len(queries) / seconds["whole"]),
+            measured(SAME_BEHIND, one.call("smallest_cosine")),
+        ]
+    prompt = token_ids(model, [query_prefix(INSTRUCTION)])[0]
+    facts = {
+        "queries": len(queries),
+        "origin": origin,
+        "tokens_of_a_query": sum(lengths[text] for text in queries) / len(queries),
+        "tokens_of_the_instruction": len(prompt) - 1,
+    }
+    return Part(figures, {"prefix": facts}, {"prefix": one.facts})
+
+
 def parts(folder: Path, small: bool) -> list[Part]:
     size, count = (SMALL, 24) if small else (FULL, 128)
     texts, origin = draw_texts(size, EVERYTHING, count)
@@ -84,6 +139,7 @@ def parts(folder: Path, small: bool) -> list[Part]:
     peer_name = "encode_sentence_transformers"
     with worker("encode_ours", *arguments, keep_memory=True) as ours:
         tokens = ours.call("tokens")
+        arithmetic = share_of_arithmetic(ours, size.decoder, list(map(len, token_ids(model, texts))))
         workers = {"ours": ours.facts}
         try:
             with worker(peer_name, *arguments, peer=True) as peer:
@@ -96,7 +152,7 @@ def parts(folder: Path, small: bool) -> list[Part]:
         except PeerMissing as missing:
             rows = (AT_DEFAULT, AT_BEST, COSINE, AT_BEST_POLICY)
             figures = [skipped(row, str(missing)) for row in rows]
-    return [Part(figures, inputs, workers)]
+    return [Part([*figures, arithmetic], inputs, workers), shared_prefix(folder, size, model)]
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from f2llm.embed.embedder import Embedder
+from f2llm.embed.embedder import TOKENS_PER_BATCH, Embedder
 from f2llm.files import read_json
+from f2llm.model.folder import read_config
+from workers.arithmetic import linear_shapes, most_products
 
 
 def commands(model_folder: str, texts_file: str) -> dict[str, Callable[..., Any]]:
@@ -28,4 +30,13 @@ def commands(model_folder: str, texts_file: str) -> dict[str, Callable[..., Any]
         """Real tokens that `encode` computes, EOS included."""
         return embedder.tokens(texts)
 
-    return {"encode": encode, "save_vectors": save_vectors, "tokens": tokens}
+    def matrix_product() -> float:
+        """Most multiply-adds per second of `torch.mm(out=)`: on large squares and at the shapes of a batch."""
+        return most_products(linear_shapes(read_config(Path(model_folder)), TOKENS_PER_BATCH))
+
+    return {
+        "encode": encode,
+        "save_vectors": save_vectors,
+        "tokens": tokens,
+        "matrix_product": matrix_product,
+    }

@@ -17,10 +17,8 @@ from f2llm.train.objective import Kind
 from f2llm.train.optim import clear_gradients
 from f2llm.train.ranks import ALONE, shard
 from f2llm.train.step import accumulate_gradients
+from workers.arithmetic import linear_shapes, most_products
 from workers.train_objective import clock, loss_of, part, report
-
-SQUARE = 1536
-REPEATS = 5
 
 
 def commands(
@@ -50,25 +48,8 @@ def commands(
 
     def matrix_product() -> float:
         """Most multiply-adds per second of `torch.mm(out=)`: on large squares and at the shapes of the step."""
-        config = decoder.config
-        width, wide = config.hidden_size, config.intermediate_size
-        heads = [n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)]
-        linear = [(width, out) for out in (*heads, wide)] + [(heads[0], width), (wide, width)]
-        shapes = [(tokens, fan_in, fan_out) for fan_in, fan_out in linear]
-        shapes += [(fan_out, tokens, fan_in) for fan_in, fan_out in linear]  # gradients of the weights
-        return max(map(products_per_second, [(SQUARE, SQUARE, SQUARE), *shapes]))
+        shapes = linear_shapes(decoder.config, tokens)
+        weights = [(fan_out, rows, fan_in) for rows, fan_in, fan_out in shapes]  # gradients of the weights
+        return most_products([*shapes, *weights])
 
     return {"step": step, "matrix_product": matrix_product}
-
-
-def products_per_second(shape: tuple[int, int, int]) -> float:
-    """Multiply-adds per second of (rows, inner) times (inner, columns), the best of some runs after a warm-up."""
-    rows, inner, columns = shape
-    left, right, out = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
-    torch.mm(left, right, out=out)
-    seconds = []
-    for _ in range(REPEATS):
-        started = clock("cpu")
-        torch.mm(left, right, out=out)
-        seconds.append(clock("cpu") - started)
-    return rows * inner * columns / min(seconds)

@@ -90,12 +90,12 @@ def test_inputs_in_parts(server: Server, embedder: Embedder) -> None:
 
 
 def test_truncate(server: Server, embedder: Embedder) -> None:
-    with pytest.warns(UserWarning, match="were cut"):
+    with pytest.warns(UserWarning, match="cut to"):
         expected = embedder.encode(["lion", LONG], too_long="truncate")
     options = {"model": "tiny", "input_type": "search_document", "texts": ["lion", LONG]}
     answer = client(server).embed(**options, truncate="END")
     assert_same(answer.embeddings.float_, expected)
-    assert answer.meta.warnings == ["1 texts were cut"]
+    assert answer.meta.warnings == ["1 of the texts cut"]
     for truncate in ({}, {"truncate": "NONE"}):
         with pytest.raises(cohere.BadRequestError, match="text 1"):
             client(server).embed(**options, **truncate)

@@ -110,7 +110,7 @@ def test_too_long_is_refused_and_cut_on_request(server: Server, embedder: Embedd
         model="tiny", input=["lion", LONG], extra_body={"truncate": True}
     )
     answer = raw.parse()
-    with pytest.warns(UserWarning, match="1 texts were cut"):
+    with pytest.warns(UserWarning, match="1 of the texts cut"):
         expected = embedder.encode(["lion", LONG], too_long="truncate")
     assert_same([item.embedding for item in answer.data], expected)
     assert answer.usage.model_extra == {"truncated_inputs": 1}
