@@ -113,7 +113,7 @@ async def embed(request: Request, body: CohereEmbedRequest) -> Response:
             "meta": {
                 "api_version": {"version": "2"},
                 "billed_units": {"input_tokens": prepared.tokens},
-                "warnings": [f"{prepared.cut} texts were cut"] if prepared.cut else [],
+                "warnings": [f"{prepared.cut} of the texts cut"] if prepared.cut else [],
             },
         },
     )
