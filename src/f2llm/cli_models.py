@@ -244,7 +244,9 @@ def export(
     ],
     quantize: Annotated[
         str | None,
-        typer.Option(help="int8 (onnx, openvino), q8_0 (gguf), or f32 or f16 where there is a choice."),
+        typer.Option(
+            help="int8, int8-weights (onnx), q8_0 (gguf), f32 or f16; the first that the target has by default."
+        ),
     ] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of the vectors; all by default.")] = None,
     texts: Annotated[

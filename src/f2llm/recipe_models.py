@@ -61,7 +61,8 @@ class ExportStage(Strict):
     model: Annotated[str, STAGE_OR_MODEL] = Field(description=OF_WHICH)
     to: Literal["onnx", "openvino", "gguf", "static"] = Field(description="the runtime")
     quantize: str | None = Field(
-        None, description="int8 (onnx, openvino), q8_0 (gguf), or f32 or f16 where there is a choice"
+        None,
+        description="int8, int8-weights (onnx), q8_0 (gguf), f32 or f16; the first that the target has, if left out",
     )
     dim: int | None = Field(None, ge=1, description="dimensions of the vectors; all if left out")
     texts: Annotated[str | None, FILES] = Field(

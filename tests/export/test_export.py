@@ -75,7 +75,11 @@ def test_a_failed_export_leaves_nothing_and_harms_nothing(
     ("to", "options", "expected"),
     [
         ("coreml", {}, "the target is 'coreml'"),
-        ("onnx", {"quantize": "q8_0"}, "onnx has no precision 'q8_0'; expected one of f32, int8"),
+        (
+            "onnx",
+            {"quantize": "q8_0"},
+            "onnx has no precision 'q8_0'; expected one of f32, int8, int8-weights",
+        ),
         ("onnx", {"dim": 25}, "this model gives 1 to 24"),
         ("gguf", {"dim": 8}, "a GGUF file gives all 24"),
         ("onnx", {"texts": ["long " * 100]}, "none has 64 tokens or less"),

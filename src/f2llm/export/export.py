@@ -18,7 +18,7 @@ from f2llm import __version__
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import F2Error, UsageError
 from f2llm.export.gguf_file import encode_read_back, write_gguf
-from f2llm.export.onnx_graph import float_linear, int8_linear
+from f2llm.export.onnx_graph import float_linear, int8_linear, int8_weight_linear
 from f2llm.export.onnx_model import write_onnx
 from f2llm.export.openvino_model import write_openvino
 from f2llm.export.parity import Parity, Side, measured, megabytes
@@ -208,7 +208,7 @@ def _sync(folder: Path) -> None:
 
 
 def _write_onnx(job: Job) -> None:
-    linear = int8_linear if job.precision == "int8" else float_linear
+    linear = {"f32": float_linear, "int8": int8_linear, "int8-weights": int8_weight_linear}[job.precision]
     write_onnx(job.model, job.folder, job.config, dim=job.dim, linear=linear)
     _copy_tokenizer(job)
 
@@ -248,7 +248,7 @@ def _open_gguf(job: Job) -> Iterator[Opened]:
 TARGETS = {
     "onnx": Target(
         "ONNX Runtime",
-        ("f32", "int8"),
+        ("f32", "int8", "int8-weights"),
         _write_onnx,
         lambda job: _opened("ONNX Runtime", onnx_encode(job.folder, job.facts.max_length)),
     ),
