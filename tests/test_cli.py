@@ -42,7 +42,7 @@ def wrong_uses(model: Path, folder: Path) -> dict[str, tuple[list[str | Path], i
         "a format nobody writes": (
             ["embed", model, folder / "bad.jsonl", "-o", "x.csv"],
             2,
-            ".npy or .parquet",
+            ".npy, .parquet, .lance",
         ),
         "not an index": (["search", folder, "x"], 2, "not a search index"),
     }
@@ -71,7 +71,7 @@ def test_embed_writes_the_vectors_of_the_library(
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected_ND, atol=1e-6)
     table = pq.read_table(tmp_path / "v.parquet")
     np.testing.assert_allclose(np.array(table["vector"].to_pylist()), expected_ND, atol=1e-6)
-    assert table.schema.metadata[b"f2llm.identity"].decode() == Embedder(model_folder).identity
+    assert json.loads(table.schema.metadata[b"f2llm"])["identity"] == Embedder(model_folder).identity
     np.testing.assert_allclose([json.loads(line) for line in printed.splitlines()], expected_ND, atol=1e-6)
 
 

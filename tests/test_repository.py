@@ -39,7 +39,8 @@ HEIGHTS = (
     },
     {"data"},
     {"model"},
-    {"train", "embed"},
+    {"train", "amx"},
+    {"embed"},
     {"compress", "evaluate", "mine", "search", "plan", "export"},
     {"synthetic", "serve", "verify"},
     {"summary", "stages"},
@@ -56,7 +57,7 @@ HEAVY = {
     "mteb": ("data/held_out.py",),
     "ray": ("engine.py",),
     "sklearn": ("evaluate/baselines.py",),
-    "lancedb": ("search",),
+    "lancedb": ("search", "embed/bulk.py"),
     "huggingface_hub": ("model/base.py", "data/hub.py"),
     "peft": ("train/lora.py",),
     "tensorboardX": ("train/watch.py",),
@@ -65,6 +66,8 @@ HEAVY = {
     "fastapi": ("serve",),
     "uvicorn": ("serve",),
     "tiktoken": ("serve/token_arrays.py",),
+    "numba": ("amx",),
+    "llvmlite": ("amx",),
 }
 
 # Addresses of package registries, paths of one person's machine, and references into a tracker. The bracketed

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from f2llm.embed.embedder import TOKENS_PER_BATCH, Embedder
+from f2llm.embed.compute import TOKENS_PER_BATCH
+from f2llm.embed.embedder import Embedder
 from f2llm.files import read_json
 from f2llm.model.folder import read_config
 from workers.arithmetic import linear_shapes, most_products

@@ -146,38 +146,54 @@ app.add_typer(cli_verify.app)
 
 @app.command()
 def embed(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, or owner/name on the hub.")],
     texts: Annotated[
         Path, typer.Argument(help="A file of texts, one a line or in a column; - for standard input.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A .npy or .parquet file; JSON lines are printed without."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .npy, .parquet or .lance; goes on where it was interrupted. JSON lines are printed without.",
+        ),
     ] = None,
     text_column: TextColumn = "text",
     prompt: Annotated[str | None, typer.Option(help="query or document; bare texts by default.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Another instruction for queries.")] = None,
     dim: Dim = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Who computes: processes here, or the Ray cluster that RAY_ADDRESS names."),
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many compute at once; one on all cores here, with Ray one on each core."
+        ),
+    ] = None,
 ) -> None:
     """Turn texts into vectors."""
-    from f2llm.embed.bulk import embed_file
-    from f2llm.embed.embedder import Embedder
+    found = read_texts(texts, text_column)
+    too_long: Literal["error", "truncate"] = "truncate" if truncate else "error"
+    if output is None:
+        from f2llm.embed.embedder import Embedder
 
-    embedder = Embedder(model)
-    vectors = embedder.encode_stream(
-        read_texts(texts, text_column),
-        prompt=prompt,
-        instruction=instruction,
-        dim=dim,
-        too_long="truncate" if truncate else "error",
-    )
-    if output is not None:
-        count = embed_file(vectors, output, identity=embedder.identity)
-        typer.echo(f"{count} vectors in {output}")
-    else:
-        for vector in vectors:
+        stream = Embedder(model).encode_stream(
+            found, prompt=prompt, instruction=instruction, dim=dim, too_long=too_long
+        )
+        for vector in stream:
             print(json.dumps([round(float(x), 7) for x in vector]))
+        return
+
+    from f2llm.embed.bulk import Job, embed_file
+    from f2llm.engine import Engine
+
+    who = Engine(engine, workers or (1 if engine == "local" else None))
+    done = embed_file(Job(model, prompt, instruction, dim, too_long), found, output, who)
+    cut = f", {done.cut} of the texts cut" if done.cut else ""
+    typer.echo(f"{done.texts} vectors in {output}{cut}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from f2llm import Embedder as PublicEmbedder
+from f2llm.embed import compute
 from f2llm.embed import embedder as module
 from f2llm.embed.embedder import Embedder, truncate
 from f2llm.errors import F2Error, UsageError
@@ -43,7 +44,7 @@ def embedder(model_folder: Path) -> Embedder:
 def tokens(embedder: Embedder) -> Iterator[list[int]]:
     """The lengths of all sequences that go through the decoder."""
     seen: list[int] = []
-    hook = embedder._model.decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
+    hook = embedder._compute._decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
     yield seen
     hook.remove()
 
@@ -61,7 +62,7 @@ def test_company_and_order_do_not_matter(embedder: Embedder, monkeypatch: pytest
     assert float(np.abs(cosines(alone[0], alone[1:])).max()) < 0.999  # different texts do differ
     rng = random.Random(1)
     for budget in (1, 20, 8192):
-        monkeypatch.setattr(module, "TOKENS_PER_BATCH", budget)
+        monkeypatch.setattr(compute, "TOKENS_PER_BATCH", budget)
         order = rng.sample(range(len(TEXTS)), len(TEXTS))
         together = embedder.encode([TEXTS[i] for i in order])
         assert float(cosines(together, alone[order]).min()) > 0.99999
@@ -130,7 +131,7 @@ def test_truncate_leaves_a_zero_vector_and_its_input_alone() -> None:
 
 
 def test_an_empty_text_is_eos_alone(embedder: Embedder) -> None:
-    decoder = embedder._model.decoder
+    decoder = embedder._compute._decoder
     with torch.no_grad():
         expected = decoder(torch.tensor([embedder.facts.eos_id]), [1])[0].numpy()
     np.testing.assert_allclose(embedder.encode("", normalize=False), expected, rtol=1e-6)
@@ -144,7 +145,7 @@ def test_a_text_that_is_too_long_is_refused_or_cut_before_eos(embedder: Embedder
     assert cut == 1
     assert len(full) == 64 and full[-1] == embedder.facts.eos_id
     with torch.no_grad():
-        expected = embedder._model.decoder(torch.tensor(full), [64]).numpy()
+        expected = embedder._compute._decoder(torch.tensor(full), [64]).numpy()
     vectors = embedder.encode(["short", text], too_long="truncate", normalize=False)
     np.testing.assert_allclose(vectors[1:], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(vectors[0], embedder.encode("short", normalize=False), rtol=1e-4, atol=1e-5)

@@ -75,7 +75,7 @@ def embedder(model_folder: Path) -> Embedder:
 def lengths(embedder: Embedder) -> Iterator[list[int]]:
     """Of what goes through the decoder behind prefixes, or without one."""
     seen: list[int] = []
-    hook = embedder._model.decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
+    hook = embedder._compute._decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
     yield seen
     hook.remove()
 

@@ -11,20 +11,18 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
+from f2llm.embed.compute import compute_for
 from f2llm.embed.prefixes import Prefixes, in_common
 from f2llm.errors import UsageError
 from f2llm.model.base import load_base
-from f2llm.model.batches import forward, token_batches
-from f2llm.model.decoder import Prefix
 from f2llm.model.folder import model_size
 from f2llm.model.prompts import query_prefix
 from f2llm.model.tokenizer import TooLong, fit, token_ids
 
-TOKENS_PER_BATCH = 8192
 STREAM_CHUNK = 4096  # texts of an endless stream that are in memory at once
 
 
@@ -48,15 +46,17 @@ class Embedder:
 
         Raises F2Error for a model whose vectors this decoder would compute otherwise (see `f2llm.model.base`).
         """
-        self._model = load_base(source)
-        self.facts = self._model.facts
-        self.tokenizer = self._model.tokenizer
+        model = load_base(source)
+        self.facts = model.facts
+        self.tokenizer = model.tokenizer
         self.sizes = self.facts.matryoshka_sizes
-        self.dim = self.facts.dim or self._model.decoder.config.hidden_size
+        self._width = model.decoder.config.hidden_size
+        self.dim = self.facts.dim or self._width
         self.max_length = self.facts.max_length
         self.identity = self.facts.identity
-        self.parameters = model_size(self._model.decoder)
-        self._prefixes = Prefixes(self._prefix)
+        self.parameters = model_size(model.decoder)
+        self._compute = compute_for(model.decoder)
+        self._prefixes = Prefixes(self._compute.prefix)
 
     def encode(
         self,
@@ -91,10 +91,11 @@ class Embedder:
                 normalize=normalize,
                 too_long=too_long,
             )[0]
-        width = self.check_dim(dim)
-        ids, cut = self.fit(self.token_ids(texts, prompt=prompt, instruction=instruction), too_long)
+        vectors_ND, cut = self.encode_part(
+            texts, prompt=prompt, instruction=instruction, dim=dim, normalize=normalize, too_long=too_long
+        )
         _warn_of_cut(cut, self.max_length)
-        return truncate(self.raw(ids), width, normalize)
+        return vectors_ND
 
     def encode_stream(
         self,
@@ -107,14 +108,31 @@ class Embedder:
         too_long: TooLong = "error",
     ) -> Iterator[np.ndarray]:
         """`encode` for endless input: one float32 [D] vector per text, in order, in constant memory."""
-        width = self.check_dim(dim)
+        self.check_dim(dim)  # before any text is taken
+        asked: Any = {"prompt": prompt, "instruction": instruction, "dim": dim, "normalize": normalize}
         remaining, done, cut = iter(texts), 0, 0
         while chunk := list(islice(remaining, STREAM_CHUNK)):
-            ids = self.token_ids(chunk, prompt=prompt, instruction=instruction, first=done)
-            ids, more = self.fit(ids, too_long, first=done)
-            yield from truncate(self.raw(ids), width, normalize)
+            vectors_ND, more = self.encode_part(chunk, **asked, too_long=too_long, first=done)
+            yield from vectors_ND
             done, cut = done + len(chunk), cut + more
         _warn_of_cut(cut, self.max_length)
+
+    def encode_part(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str | None = None,
+        instruction: str | None = None,
+        dim: int | None = None,
+        normalize: bool = True,
+        too_long: TooLong = "error",
+        first: int = 0,
+    ) -> tuple[np.ndarray, int]:
+        """`encode` of some texts among many: also how many were cut, and errors number texts from `first` on."""
+        width = self.check_dim(dim)
+        ids = self.token_ids(texts, prompt=prompt, instruction=instruction, first=first)
+        ids, cut = self.fit(ids, too_long, first=first)
+        return truncate(self.raw(ids), width, normalize), cut
 
     def tokens(self, texts: Sequence[str], prompt: str | None = None) -> int:
         """Number of tokens of these texts, distinct ones once, cut where too long, prompt and EOS included."""
@@ -161,7 +179,6 @@ class Embedder:
         """Token sequences that the model takes, and how many were cut (EOS stays); UsageError unless "truncate"."""
         return fit(ids, self.max_length, too_long, first)
 
-    @torch.inference_mode()
     def raw(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Vectors as the decoder gives them, float32 [N, width], of token sequences that `fit` gave.
 
@@ -170,23 +187,16 @@ class Embedder:
         number: dict[tuple[int, ...], int] = {}
         row_N = [number.setdefault(tuple(sequence), len(number)) for sequence in ids]
         distinct = list(number)
-        vectors_UD = np.empty((len(distinct), self._model.decoder.config.hidden_size), dtype=np.float32)
+        vectors_UD = np.empty((len(distinct), self._width), dtype=np.float32)
         for tokens, members in self._prefixes.groups(distinct):
             prefix = self._prefixes.state(tokens) if tokens else None
-            behind = [distinct[i][len(tokens) :] for i in members]
-            for batch in token_batches([len(sequence) for sequence in behind], TOKENS_PER_BATCH):
-                vectors_BD = forward(self._model.decoder, [behind[i] for i in batch], prefix=prefix)
-                vectors_UD[[members[i] for i in batch]] = vectors_BD.numpy()
+            vectors_UD[members] = self._compute.vectors([distinct[i][len(tokens) :] for i in members], prefix)
         return vectors_UD[row_N]
 
     def _tokens_of_prompt(self, prefix: str, ids: list[int]) -> tuple[int, ...]:
         """Those that a prompt has in front of every text: not its last ones, which may change with what follows."""
         (alone,) = token_ids(self.tokenizer, [prefix], "", self.facts.eos_id)
         return tuple(ids[: in_common(alone, ids)])
-
-    @torch.inference_mode()
-    def _prefix(self, tokens: tuple[int, ...]) -> Prefix:
-        return self._model.decoder.prefix(torch.tensor(tokens))
 
 
 def _warn_of_cut(cut: int, max_length: int) -> None:

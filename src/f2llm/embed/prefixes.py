@@ -13,8 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from threading import Lock
-
-from f2llm.model.decoder import Prefix
+from typing import Any
 
 SHORTEST = 8  # tokens of a prefix
 LONGEST = 128  # tokens of a sequence that is computed behind one; in longer ones a prefix is a small part
@@ -28,9 +27,9 @@ Group = tuple[Tokens, list[int]]  # a prefix, which may be empty, and the number
 class Prefixes:
     """The prefixes that were used last, each computed when it is first needed. Safe to use from several threads."""
 
-    def __init__(self, compute: Callable[[Tokens], Prefix]) -> None:
+    def __init__(self, compute: Callable[[Tokens], Any]) -> None:
         self._compute = compute
-        self._kept: OrderedDict[Tokens, Prefix | None] = OrderedDict()
+        self._kept: OrderedDict[Tokens, Any] = OrderedDict()
         self._lock = Lock()
 
     def offer(self, prefix: Tokens) -> None:
@@ -38,7 +37,8 @@ class Prefixes:
         if SHORTEST <= len(prefix) < LONGEST:
             self._keep(prefix, self._kept.get(prefix))
 
-    def state(self, prefix: Tokens) -> Prefix:
+    def state(self, prefix: Tokens) -> Any:
+        """What the sequences behind it need, as `compute` gives it."""
         state = self._kept.get(prefix) or self._compute(prefix)
         self._keep(prefix, state)
         return state
@@ -56,7 +56,7 @@ class Prefixes:
         alone = [i for i in range(len(sequences)) if i not in behind]
         return [((), alone), *worth] if alone else worth
 
-    def _keep(self, prefix: Tokens, state: Prefix | None) -> None:
+    def _keep(self, prefix: Tokens, state: Any) -> None:
         with self._lock:
             self._kept[prefix] = state
             self._kept.move_to_end(prefix)

@@ -1,0 +1,113 @@
+"""What happens to rows of numbers between two products: each reads float32 and writes halves for the next product.
+
+Addresses and sizes of left factors are as in `f2llm.amx.products`. Shape suffixes: T tokens, W numbers of a row, D head
+width.
+"""
+
+import numpy as np
+
+from f2llm.amx.compiling import any_order, kernel
+from f2llm.amx.instructions import LANES, split, split_pairs, split_swiglu, turn
+from f2llm.amx.products import DEPTH, LEFT_STEP, ROWS, TILE
+
+
+@any_order
+def inverse_rms(x_TW: np.ndarray, row: int, first: int, width: int, eps: np.float32) -> np.float32:
+    """1 / sqrt(mean(x²) + eps) of `width` numbers of a row, from `first` on."""
+    total = np.float32(0)
+    for i in range(first, first + width):
+        total += x_TW[row, i] * x_TW[row, i]
+    return np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+
+
+@kernel
+def place(left: int, depth: int, row: int, number: int) -> int:
+    """Address of a number's high half in a left factor of `depth` steps; the low half is a tile behind it."""
+    tile = (row // ROWS * depth + number // DEPTH) * LEFT_STEP
+    return left + tile + (row % ROWS * DEPTH + number % DEPTH) * 2
+
+
+@kernel
+def put_row(x: int, width: int, factor: np.float32, left: int, depth: int, row: int, first: int) -> None:
+    """X * factor, `width` numbers, into a row of a left factor, from number `first` on."""
+    for i in range(0, width, LANES):
+        to = place(left, depth, row, first + i)
+        split(x + 4 * i, factor, to, to + TILE)
+
+
+@kernel
+def norm_rows(x_TW: np.ndarray, rows: int, eps: np.float32, left: int) -> None:
+    """RMSNorm without its weight, which is part of the map that follows."""
+    width = x_TW.shape[1]
+    for row in range(rows):
+        put_row(
+            x_TW.ctypes.data + row * width * 4,
+            width,
+            inverse_rms(x_TW, row, 0, width, eps),
+            left,
+            width // DEPTH,
+            row,
+            0,
+        )
+
+
+@kernel
+def swiglu_rows(gate_TW: np.ndarray, up_TW: np.ndarray, rows: int, left: int) -> None:
+    """silu(gate) * up."""
+    width = gate_TW.shape[1]
+    for row in range(rows):
+        at = row * width * 4
+        for i in range(0, width, LANES):
+            to = place(left, width // DEPTH, row, i)
+            split_swiglu(gate_TW.ctypes.data + at + 4 * i, up_TW.ctypes.data + at + 4 * i, to, to + TILE)
+
+
+@kernel
+def turn_head(
+    x_TW: np.ndarray,
+    row: int,
+    first: int,
+    weight_D: np.ndarray,
+    eps: np.float32,
+    angles: np.ndarray,
+    position: int,
+    out_D: np.ndarray,
+) -> None:
+    """Norm and rotary embedding of a head, which is a part of a row; angles: [2, positions, D / 2]."""
+    width = len(weight_D)
+    factor = inverse_rms(x_TW, row, first, width, eps)
+    x = x_TW.ctypes.data + (row * x_TW.shape[1] + first) * 4
+    half = width // 2 * 4
+    cosines = angles.ctypes.data + position * half
+    sines = cosines + angles.shape[1] * half
+    for i in range(0, half, 4 * LANES):
+        turn(x + i, half, weight_D.ctypes.data + i, factor, cosines + i, sines + i, out_D.ctypes.data + i)
+
+
+@kernel
+def put_key(x_D: np.ndarray, halves_2D: np.ndarray, keys: np.ndarray, start: int, number: int) -> None:
+    """A key as a column of the right factor [panel, depth, 4, 16, 16] in `keys` (uint32, flat) from `start` on.
+
+    halves_2D: room for its halves, uint32 [2, D / 2]: a pair of numbers is one entry of the factor.
+    """
+    width = len(x_D)
+    high, low = halves_2D.ctypes.data, halves_2D.ctypes.data + 2 * width
+    for i in range(0, width, LANES):
+        split(x_D.ctypes.data + 4 * i, np.float32(1), high + 2 * i, low + 2 * i)
+    column = start + number // 32 * (width // DEPTH) * 1024 + number % 32 // 16 * 256 + number % 16
+    for i in range(width // 2):
+        to = column + i // 16 * 1024 + i % 16 * 16
+        keys[to] = halves_2D[0, i]
+        keys[to + 512] = halves_2D[1, i]
+
+
+@kernel
+def put_values(x: int, y: int, width: int, values: int, panel_step: int, number: int) -> None:
+    """Two rows of values, `width` numbers at addresses x and y, as a row of pairs in a right factor.
+
+    values: address of [panel, depth, 4, 16, 16] of 32 bits; panel_step: bytes of a panel; number: of the pair.
+    """
+    row = values + number // 16 * 4 * TILE + number % 16 * 64
+    for i in range(0, width, LANES):
+        to = row + i // 32 * panel_step + i % 32 // 16 * TILE
+        split_pairs(x + 4 * i, y + 4 * i, to, to + 2 * TILE)

@@ -1,0 +1,58 @@
+"""How an embedder computes a decoder: on the processor's matrix units, or by torch. The choice is made in one place.
+
+Shape suffixes: N sequences, B sequences of a batch, E hidden width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from f2llm.amx.hardware import why_not
+from f2llm.model.batches import forward, token_batches
+from f2llm.model.decoder import Decoder, Prefix
+
+TOKENS_PER_BATCH = 8192  # of torch
+
+Tokens = Sequence[int]
+
+
+class Compute(Protocol):
+    """A decoder and how it is computed; a prefix is of the same object that uses it."""
+
+    def vectors(self, sequences: Sequence[Tokens], prefix: Any = None) -> np.ndarray:
+        """float32 [N, E] of token sequences, which all stand behind the prefix if there is one."""
+
+    def prefix(self, ids: Tokens) -> Any:
+        """What sequences that begin with these tokens need of them."""
+
+
+def compute_for(decoder: Decoder) -> Compute:
+    """The fastest way that this machine has; it takes the decoder over."""
+    if why_not() is None:
+        # Compiled kernels take a moment to load, which other machines are spared.
+        from f2llm.amx.decoder import AmxDecoder, supports
+
+        if supports(decoder.config):
+            return AmxDecoder(decoder, torch.get_num_threads())
+    return TorchDecoder(decoder)
+
+
+class TorchDecoder:
+    """The decoder as it is trained."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    @torch.inference_mode()
+    def vectors(self, sequences: Sequence[Tokens], prefix: Prefix | None = None) -> np.ndarray:
+        vectors_NE = np.empty((len(sequences), self._decoder.config.hidden_size), dtype=np.float32)
+        for batch in token_batches([len(sequence) for sequence in sequences], TOKENS_PER_BATCH):
+            vectors_BE = forward(self._decoder, [sequences[i] for i in batch], prefix=prefix)
+            vectors_NE[batch] = vectors_BE.numpy()
+        return vectors_NE
+
+    @torch.inference_mode()
+    def prefix(self, ids: Tokens) -> Prefix:
+        return self._decoder.prefix(torch.tensor(ids))
