@@ -13,7 +13,7 @@ from numba import njit
 
 from f2llm.amx import steps
 from f2llm.amx.instructions import CONFIGURATION, configure
-from f2llm.amx.products import LEFT_STEP, RIGHT_STEP, TILE, multiply, pack_right
+from f2llm.amx.products import LEFT_STEP, RIGHT_STEP, TILE, multiply
 
 RNG = np.random.default_rng(0)
 
@@ -35,7 +35,9 @@ def product(x_MK: np.ndarray, weight_NK: np.ndarray, start: float | None = None)
     rows = -(-len(x_MK) // 16) * 16
     left = np.zeros(rows * x_MK.shape[1] * 4, np.uint8)
     out_MN = np.full((rows, len(weight_NK)), np.nan if start is None else start, np.float32)
-    _product(x_MK, pack_right(torch.from_numpy(weight_NK)), out_MN, left, start is not None)
+    right = np.zeros(weight_NK.size, np.uint32)
+    steps.pack_right(weight_NK, right)
+    _product(x_MK, right, out_MN, left, start is not None)
     return out_MN[: len(x_MK)]
 
 

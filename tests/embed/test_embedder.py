@@ -17,6 +17,7 @@ from f2llm.embed import embedder as module
 from f2llm.embed.embedder import Embedder, truncate
 from f2llm.errors import F2Error, UsageError
 from f2llm.model.batches import token_batches
+from f2llm.model.decoder import Decoder
 from f2llm.model.folder import Model, save_model
 
 TEXTS = [
@@ -35,6 +36,11 @@ TEXTS = [
 ]
 
 
+def decoder_of(embedder: Embedder) -> Decoder:
+    assert isinstance(embedder._compute, compute.TorchDecoder)  # the tiny model fits no tile
+    return embedder._compute._decoder
+
+
 @pytest.fixture(scope="module")
 def embedder(model_folder: Path) -> Embedder:
     return Embedder(model_folder)
@@ -44,7 +50,7 @@ def embedder(model_folder: Path) -> Embedder:
 def tokens(embedder: Embedder) -> Iterator[list[int]]:
     """The lengths of all sequences that go through the decoder."""
     seen: list[int] = []
-    hook = embedder._compute._decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
+    hook = decoder_of(embedder).register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
     yield seen
     hook.remove()
 
@@ -131,7 +137,7 @@ def test_truncate_leaves_a_zero_vector_and_its_input_alone() -> None:
 
 
 def test_an_empty_text_is_eos_alone(embedder: Embedder) -> None:
-    decoder = embedder._compute._decoder
+    decoder = decoder_of(embedder)
     with torch.no_grad():
         expected = decoder(torch.tensor([embedder.facts.eos_id]), [1])[0].numpy()
     np.testing.assert_allclose(embedder.encode("", normalize=False), expected, rtol=1e-6)
@@ -145,7 +151,7 @@ def test_a_text_that_is_too_long_is_refused_or_cut_before_eos(embedder: Embedder
     assert cut == 1
     assert len(full) == 64 and full[-1] == embedder.facts.eos_id
     with torch.no_grad():
-        expected = embedder._compute._decoder(torch.tensor(full), [64]).numpy()
+        expected = decoder_of(embedder)(torch.tensor(full), [64]).numpy()
     vectors = embedder.encode(["short", text], too_long="truncate", normalize=False)
     np.testing.assert_allclose(vectors[1:], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(vectors[0], embedder.encode("short", normalize=False), rtol=1e-4, atol=1e-5)

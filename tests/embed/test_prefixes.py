@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from f2llm.embed import compute
 from f2llm.embed import prefixes as module
 from f2llm.embed.embedder import Embedder
 from f2llm.embed.prefixes import KEPT, LONGEST, SHORTEST, Prefixes, Tokens, in_common
@@ -17,6 +18,11 @@ from f2llm.model.decoder import Decoder, DecoderConfig, Prefix, initialise
 
 CONFIG = DecoderConfig(50, 16, 24, 3, 4, 2, 8)
 INSTRUCTION = "Find the animal of this name in English"
+
+
+def decoder_of(embedder: Embedder) -> Decoder:
+    assert isinstance(embedder._compute, compute.TorchDecoder)  # the tiny model fits no tile
+    return embedder._compute._decoder
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def embedder(model_folder: Path) -> Embedder:
 def lengths(embedder: Embedder) -> Iterator[list[int]]:
     """Of what goes through the decoder behind prefixes, or without one."""
     seen: list[int] = []
-    hook = embedder._compute._decoder.register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
+    hook = decoder_of(embedder).register_forward_pre_hook(lambda _, given: seen.extend(given[1]))
     yield seen
     hook.remove()
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from f2llm.amx.forward import PART, Prefix, Team, Weights, forward
 from f2llm.amx.hardware import why_not
-from f2llm.amx.products import DEPTH, PANEL, RIGHT_STEP, ROWS, pack_right
+from f2llm.amx.products import DEPTH, PANEL, RIGHT_STEP, ROWS
+from f2llm.amx.steps import pack_right
 from f2llm.model.batches import token_batches
 from f2llm.model.decoder import Decoder, DecoderConfig, Layer, rope_tables
 
@@ -140,4 +141,9 @@ def _take(decoder: Decoder) -> Weights:
 
 
 def _pack_each(weights: Tensor) -> np.ndarray:
-    return np.stack([pack_right(weight_FE) for weight_FE in weights])
+    """Right factors, uint32 [..., P, K, 4, 16, 16], of maps [..., F, E]."""
+    count, outputs, inputs = weights.shape
+    packed = np.empty((count, outputs // PANEL, inputs // DEPTH, 4, 16, 16), np.uint32)
+    for weight_FE, right in zip(weights.contiguous().numpy(), packed, strict=True):
+        pack_right(weight_FE, right.ravel())
+    return packed

@@ -20,7 +20,7 @@ from f2llm.amx.products import DEPTH, LEFT_STEP, PANEL, RIGHT_STEP, ROWS, multip
 from f2llm.amx.steps import (
     inverse_rms,
     norm_rows,
-    put_key,
+    put_column,
     put_row,
     put_values,
     swiglu_rows,
@@ -154,7 +154,7 @@ def _put_keys_and_values(
             turn_head(
                 room.keys_values_TD, row + i, 0, weight_D, eps, batch.angles, batch.before + i, room.turned_D
             )
-            put_key(room.turned_D, room.halves_2D, keys, start, i)
+            put_column(room.turned_D.ctypes.data, room.halves_2D, keys, start, i)
         for i in range(0, panels * PANEL, 2):
             # What is behind the last token has no share, but must be a number.
             x, y = room.zeros_D.ctypes.data, room.zeros_D.ctypes.data

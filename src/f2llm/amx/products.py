@@ -10,10 +10,6 @@ Shape suffixes: M, K, N rows, depth and columns in tiles of the left factor (16 
 P panels of 32 columns of the right factor; E, F the same in numbers.
 """
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from f2llm.amx.compiling import kernel
 from f2llm.amx.instructions import add_product, fetch, load, store, zero
 
@@ -24,26 +20,6 @@ LEFT_STEP, RIGHT_STEP = (
     4 * TILE,
 )  # bytes of a depth of 32: two halves of a tile, two halves of two tiles
 DEEP = 5  # steps of depth whose part of a panel (20 KB) stays in a core's first cache
-
-
-def pack_right(weight_FE: Tensor) -> np.ndarray:
-    """The weight of a linear map, E to F numbers (multiples of 32), as a right factor.
-
-    Returns uint32 [P, K, 4, 16, 16]: two tiles of high halves, then two of low ones, each with 16 pairs of inputs in
-    rows and 16 outputs in columns.
-    """
-    outputs, inputs = weight_FE.shape
-    high = weight_FE.bfloat16()
-    low = (weight_FE - high.float()).bfloat16()
-    tiles = [
-        half.contiguous()
-        .view(torch.int16)
-        .view(outputs // PANEL, 2, 16, inputs // DEPTH, 16, 2)
-        .permute(0, 3, 1, 4, 2, 5)
-        for half in (high, low)
-    ]
-    packed: np.ndarray = torch.stack(tiles, 2).contiguous().numpy().view(np.uint32)
-    return packed.reshape(outputs // PANEL, inputs // DEPTH, 4, 16, 16)
 
 
 @kernel

@@ -1,14 +1,14 @@
 """What happens to rows of numbers between two products: each reads float32 and writes halves for the next product.
 
 Addresses and sizes of left factors are as in `f2llm.amx.products`. Shape suffixes: T tokens, W numbers of a row, D head
-width.
+width, E and F inputs and outputs of a map, K numbers of a column.
 """
 
 import numpy as np
 
-from f2llm.amx.compiling import any_order, kernel
+from f2llm.amx.compiling import any_order, kept_on_disk, kernel
 from f2llm.amx.instructions import LANES, split, split_pairs, split_swiglu, turn
-from f2llm.amx.products import DEPTH, LEFT_STEP, ROWS, TILE
+from f2llm.amx.products import DEPTH, LEFT_STEP, PANEL, ROWS, TILE
 
 
 @any_order
@@ -85,20 +85,28 @@ def turn_head(
 
 
 @kernel
-def put_key(x_D: np.ndarray, halves_2D: np.ndarray, keys: np.ndarray, start: int, number: int) -> None:
-    """A key as a column of the right factor [panel, depth, 4, 16, 16] in `keys` (uint32, flat) from `start` on.
+def put_column(x: int, halves_2K: np.ndarray, right: np.ndarray, start: int, number: int) -> None:
+    """The numbers at address `x` as a column of the right factor in `right` (uint32, flat) from `start` on.
 
-    halves_2D: room for its halves, uint32 [2, D / 2]: a pair of numbers is one entry of the factor.
+    halves_2K: room for their halves, uint32 [2, half as many as there are numbers]: a pair is one entry of the factor.
     """
-    width = len(x_D)
-    high, low = halves_2D.ctypes.data, halves_2D.ctypes.data + 2 * width
-    for i in range(0, width, LANES):
-        split(x_D.ctypes.data + 4 * i, np.float32(1), high + 2 * i, low + 2 * i)
-    column = start + number // 32 * (width // DEPTH) * 1024 + number % 32 // 16 * 256 + number % 16
-    for i in range(width // 2):
+    pairs = halves_2K.shape[1]
+    high, low = halves_2K.ctypes.data, halves_2K.ctypes.data + 4 * pairs
+    for i in range(0, 2 * pairs, LANES):
+        split(x + 4 * i, np.float32(1), high + 2 * i, low + 2 * i)
+    column = start + number // PANEL * (2 * pairs // DEPTH) * 1024 + number % PANEL // 16 * 256 + number % 16
+    for i in range(pairs):
         to = column + i // 16 * 1024 + i % 16 * 16
-        keys[to] = halves_2D[0, i]
-        keys[to + 512] = halves_2D[1, i]
+        right[to] = halves_2K[0, i]
+        right[to + 512] = halves_2K[1, i]
+
+
+@kept_on_disk
+def pack_right(weight_FE: np.ndarray, right: np.ndarray) -> None:
+    """The weight of a linear map, float32 [F, E], as a right factor in `right` (uint32, flat, F * E)."""
+    halves = np.empty((2, weight_FE.shape[1] // 2), np.uint32)
+    for number in range(len(weight_FE)):
+        put_column(weight_FE[number].ctypes.data, halves, right, 0, number)
 
 
 @kernel
