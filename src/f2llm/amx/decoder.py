@@ -20,6 +20,7 @@ from f2llm.amx.forward import PART, Prefix, Team, Weights, forward
 from f2llm.amx.hardware import why_not
 from f2llm.amx.products import DEPTH, PANEL, RIGHT_STEP, ROWS
 from f2llm.amx.steps import pack_right
+from f2llm.errors import F2Error
 from f2llm.model.batches import token_batches
 from f2llm.model.decoder import Decoder, DecoderConfig, Layer, rope_tables
 
@@ -42,6 +43,8 @@ class AmxDecoder:
 
     def __init__(self, decoder: Decoder, threads: int) -> None:
         """Takes the weights over: those of `decoder` are gone, layer by layer, so that no second copy is needed."""
+        if reason := why_not():  # without leave, the first tile would end the process
+            raise F2Error(f"matrix units cannot be used here: {reason}; use torch's decoder.")
         self.config = decoder.config
         self._weights = _take(decoder)
         self._angles = self._angles_up_to(0)
@@ -118,32 +121,45 @@ class AmxDecoder:
 @torch.no_grad()
 def _take(decoder: Decoder) -> Weights:
     config = decoder.config
-    groups, head = config.num_key_value_heads, config.head_dim
-    to_powers_of_two = head**-0.5 * math.log2(math.e)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in Weights._fields}
+    width, head, groups = config.hidden_size, config.head_dim, config.num_key_value_heads
+    repeats, parts = config.num_attention_heads // groups, config.intermediate_size // PART
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
-    for layer in layers:
+
+    def room(count: int, outputs: int, inputs: int) -> np.ndarray:
+        shape = (len(layers), count, outputs // PANEL, inputs // DEPTH, 4, 16, 16)
+        # numpy asks for huge pages, which a virtual machine may take ten times as long to give.
+        return torch.empty(shape, dtype=torch.int32).numpy().view(np.uint32)
+
+    weights = Weights(
+        table_VE=decoder.embed_tokens.weight.numpy(),
+        qkv=room(groups, (repeats + 2) * head, width),
+        out=room(groups, width, repeats * head),
+        gate=room(parts, PART, width),
+        up=room(parts, PART, width),
+        down=room(parts, width, PART),
+        query_norm_LD=np.empty((len(layers), head), np.float32),
+        key_norm_LD=np.empty((len(layers), head), np.float32),
+        norm_E=decoder.norm.weight.numpy(),
+        eps=np.float32(config.rms_norm_eps),
+    )
+    for number, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         by_group = [(map_.weight * before).unflatten(0, (groups, -1)) for map_ in projections]
-        parts["qkv"].append(_pack_each(torch.cat(by_group, 1)))
-        parts["out"].append(_pack_each(attention.o_proj.weight.unflatten(1, (groups, -1)).transpose(0, 1)))
-        for name, map_ in (("gate", mlp.gate_proj), ("up", mlp.up_proj)):
-            parts[name].append(_pack_each((map_.weight * between).unflatten(0, (-1, PART))))
-        parts["down"].append(_pack_each(mlp.down_proj.weight.unflatten(1, (-1, PART)).transpose(0, 1)))
-        parts["query_norm_LD"].append((attention.q_norm.weight * to_powers_of_two).numpy())
-        parts["key_norm_LD"].append(attention.k_norm.weight.numpy())
+        _pack_each(torch.cat(by_group, 1), weights.qkv[number])
+        _pack_each(attention.o_proj.weight.unflatten(1, (groups, -1)).transpose(0, 1), weights.out[number])
+        _pack_each((mlp.gate_proj.weight * between).unflatten(0, (parts, PART)), weights.gate[number])
+        _pack_each((mlp.up_proj.weight * between).unflatten(0, (parts, PART)), weights.up[number])
+        _pack_each(mlp.down_proj.weight.unflatten(1, (parts, PART)).transpose(0, 1), weights.down[number])
+        # Scores are powers of two, so that no exponential is needed.
+        weights.query_norm_LD[number] = attention.q_norm.weight * (head**-0.5 * math.log2(math.e))
+        weights.key_norm_LD[number] = attention.k_norm.weight
         layer.to_empty(device="meta")
-    stacked = {name: np.stack(values) for name, values in parts.items() if values}
-    table_VE, norm_E = decoder.embed_tokens.weight.numpy(), decoder.norm.weight.numpy()
-    return Weights(table_VE=table_VE, norm_E=norm_E, eps=np.float32(config.rms_norm_eps), **stacked)
+    return weights
 
 
-def _pack_each(weights: Tensor) -> np.ndarray:
-    """Right factors, uint32 [..., P, K, 4, 16, 16], of maps [..., F, E]."""
-    count, outputs, inputs = weights.shape
-    packed = np.empty((count, outputs // PANEL, inputs // DEPTH, 4, 16, 16), np.uint32)
-    for weight_FE, right in zip(weights.contiguous().numpy(), packed, strict=True):
-        pack_right(weight_FE, right.ravel())
-    return packed
+def _pack_each(maps: Tensor, right: np.ndarray) -> None:
+    """Maps [..., F, E] into right factors [..., P, K, 4, 16, 16]."""
+    for weight_FE, factor in zip(maps.contiguous().numpy(), right, strict=True):
+        pack_right(weight_FE, factor.ravel())
