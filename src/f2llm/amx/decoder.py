@@ -38,6 +38,11 @@ def supports(config: DecoderConfig) -> bool:
     return why_not() is None and not any(sizes)
 
 
+def load_kernels() -> None:
+    """Have the compiler ready, and the kernel that packs weights."""
+    pack_right(np.zeros((PANEL, DEPTH), np.float32), np.empty(PANEL * DEPTH, np.uint32))
+
+
 class AmxDecoder:
     """A decoder's weights in tiles, and the threads that work with them. Safe to use from several threads."""
 

@@ -28,10 +28,17 @@ class Compute(Protocol):
         """What sequences that begin with these tokens need of them."""
 
 
+def make_ready() -> None:
+    """Load what `compute_for` will need, which takes a moment: while files are read, say."""
+    if why_not() is None:
+        from f2llm.amx.decoder import load_kernels
+
+        load_kernels()
+
+
 def compute_for(decoder: Decoder) -> Compute:
     """The fastest way that this machine has; it takes the decoder over."""
     if why_not() is None:
-        # Compiled kernels take a moment to load, which other machines are spared.
         from f2llm.amx.decoder import AmxDecoder, supports
 
         if supports(decoder.config):

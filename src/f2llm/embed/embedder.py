@@ -9,13 +9,14 @@ Shape suffixes: N texts, U distinct token sequences, D dims.
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from f2llm.embed.compute import compute_for
+from f2llm.embed.compute import compute_for, make_ready
 from f2llm.embed.prefixes import Prefixes, in_common
 from f2llm.errors import UsageError
 from f2llm.model.base import load_base
@@ -46,7 +47,10 @@ class Embedder:
 
         Raises F2Error for a model whose vectors this decoder would compute otherwise (see `f2llm.model.base`).
         """
-        model = load_base(source)
+        with ThreadPoolExecutor(1) as pool:
+            ready = pool.submit(make_ready)
+            model = load_base(source)
+            ready.result()
         self.facts = model.facts
         self.tokenizer = model.tokenizer
         self.sizes = self.facts.matryoshka_sizes

@@ -6,6 +6,7 @@ differently. What no file tells of, `f2llm.model.sanity` looks for.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,11 @@ def load_base(source: str | Path) -> Model:
     architecture, attention to later tokens, another pooling than of the last token, further trained modules), that
     does not tell which token ends a text, or that is incomplete; UsageError if there is no such model.
     """
-    base = read_base(source)
-    return Model(load_decoder(base.folder), base.tokenizer, base.facts)
+    folder = model_folder(str(source))
+    with ThreadPoolExecutor(1) as pool:
+        decoder = pool.submit(load_decoder, folder)  # while the tokenizer is read and files are hashed
+        base = read_base(folder)
+        return Model(decoder.result(), base.tokenizer, base.facts)
 
 
 def read_base(source: str | Path) -> Base:
@@ -90,8 +94,11 @@ def read_base(source: str | Path) -> Base:
     folder = model_folder(str(source))
     if (folder / FACTS).is_file():
         facts, config = read_facts(folder), read_config(folder)
-        check_identity(folder, facts, config)
-        return Base(folder, config, load_tokenizer(folder / "tokenizer.json"), facts)
+        with ThreadPoolExecutor(1) as pool:
+            checked = pool.submit(check_identity, folder, facts, config)
+            tokenizer = load_tokenizer(folder / "tokenizer.json")
+            checked.result()
+        return Base(folder, config, tokenizer, facts)
     _refuse_other_attention(folder)
     _refuse_other_modules(folder)
     config = read_config(folder)
