@@ -115,8 +115,8 @@ def test_several_threads_may_ask_at_once(make_model: MakeModel) -> None:
     one_by_one = [amx.vectors(batch) for batch in batches]
     with ThreadPoolExecutor(8) as pool:
         at_once = list(pool.map(amx.vectors, batches))
-    for a, b in zip(one_by_one, at_once, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for a_NE, b_NE in zip(one_by_one, at_once, strict=True):
+        assert difference(a_NE, b_NE) < 1e-5  # alone in a team, or by one thread
 
 
 def test_no_sequences_are_no_vectors(make_model: MakeModel) -> None:

@@ -18,7 +18,7 @@ from f2llm.amx.products import LEFT_STEP, RIGHT_STEP, TILE, multiply
 RNG = np.random.default_rng(0)
 
 
-@njit
+@njit  # type: ignore[untyped-decorator]
 def _product(x_MK: np.ndarray, right: np.ndarray, out_MN: np.ndarray, left: np.ndarray, add: bool) -> None:
     configure(CONFIGURATION.ctypes.data)
     deep = x_MK.shape[1] // 32

@@ -400,3 +400,28 @@ def test_drain_finishes_what_waits_and_refuses_what_is_new() -> None:
     play(raw, scene, tokens_per_batch=100)
     assert sum(raw.owners(), Counter()) == {0: 1, 1: 40, 2: 40}
     assert not [thread for thread in threading.enumerate() if thread.name == "f2llm vectors"]
+
+
+def test_lanes_compute_at_once_and_answer_all() -> None:
+    """Two batches are in work at the same time, and every text has its own vector."""
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def counted(ids: list[Text]) -> np.ndarray:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.01)
+        with lock:
+            inside -= 1
+        return told(ids)
+
+    async def scene(scheduler: Scheduler) -> None:
+        tasks = [ask(scheduler, owner, texts(owner, 3)) for owner in range(1, 21)]
+        answers = await asyncio.gather(*tasks)
+        for owner, answer in enumerate(answers, 1):
+            assert np.array_equal(answer, told(texts(owner, 3)))
+
+    play(counted, scene, lanes=2, tokens_per_batch=50)
+    assert most == 2

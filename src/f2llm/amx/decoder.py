@@ -7,8 +7,9 @@ Shape suffixes: N sequences, E hidden width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from threading import Lock
 
@@ -52,14 +53,19 @@ class AmxDecoder:
             raise F2Error(f"matrix units cannot be used here: {reason}; use torch's decoder.")
         self.config = decoder.config
         self._weights = _take(decoder)
-        self._angles = self._angles_up_to(0)
+        self._angles = np.zeros((2, 0, self.config.head_dim // 2), np.float32)
         self._none = self._empty_prefix(0)
-        self._threads = threads
+        self.lanes = threads
         self._pool = ThreadPoolExecutor(threads, "f2llm amx")
-        self._lock = Lock()  # the members of a team must all be at work at once
+        self._pool_lock = Lock()  # the members of a team must all be at work at once
+        self._asking = 0  # calls of `vectors`
+        self._count_lock = Lock()
 
     def vectors(self, sequences: Sequence[Tokens], prefix: Prefix | None = None) -> np.ndarray:
-        """float32 [N, E] of token sequences, which all stand behind the prefix if there is one."""
+        """float32 [N, E] of token sequences, which all stand behind the prefix if there is one.
+
+        All threads work for a caller who is alone; several at once each get the one that they call from.
+        """
         prefix = prefix or self._none
         lengths = [len(sequence) for sequence in sequences]
         vectors_NE = np.empty((len(sequences), self.config.hidden_size), np.float32)
@@ -67,41 +73,55 @@ class AmxDecoder:
         def work(batch: list[int], members: int) -> None:
             vectors_NE[batch] = self._batch([sequences[i] for i in batch], prefix, members)
 
-        with self._lock:
-            self._angles = self._angles_up_to(prefix.length + max(lengths, default=0))
-            batches = self._batches(lengths)
-            alone = len(batches) // self._threads * self._threads
-            list(self._pool.map(lambda batch: work(batch, 1), batches[:alone]))
-            for batch in batches[alone:]:
-                work(batch, min(self._threads, self.config.num_key_value_heads))
+        with self._one_more() as others:
+            if others:
+                for batch in token_batches(lengths, TOKENS):
+                    work(batch, 1)
+                return vectors_NE
+            with self._pool_lock:
+                batches = self._batches(lengths)
+                alone = len(batches) // self.lanes * self.lanes
+                list(self._pool.map(lambda batch: work(batch, 1), batches[:alone]))
+                for batch in batches[alone:]:
+                    work(batch, min(self.lanes, self.config.num_key_value_heads))
         return vectors_NE
+
+    @contextmanager
+    def _one_more(self) -> Iterator[int]:
+        """Count a caller, and tell how many others there are."""
+        with self._count_lock:
+            others, self._asking = self._asking, self._asking + 1
+        try:
+            yield others
+        finally:
+            with self._count_lock:
+                self._asking -= 1
 
     def prefix(self, ids: Tokens) -> Prefix:
         """What sequences that begin with these tokens need of them."""
         kept = self._empty_prefix(len(ids))
-        with self._lock:
-            self._angles = self._angles_up_to(len(ids))
-            self._batch([ids], kept, 1, keep=True)
+        self._batch([ids], kept, 1, keep=True)
         return kept
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """As many for each thread, where there are tokens enough; the longest first, so that threads end together."""
         tokens = sum(lengths)
-        if tokens < FEW * self._threads:
+        if tokens < FEW * self.lanes:
             return list(token_batches(lengths, tokens))
-        rounds = -(-tokens // (TOKENS * self._threads))
-        return list(token_batches(lengths, -(-tokens // (rounds * self._threads))))[::-1]
+        rounds = -(-tokens // (TOKENS * self.lanes))
+        return list(token_batches(lengths, -(-tokens // (rounds * self.lanes))))[::-1]
 
     def _batch(self, batch: Sequence[Tokens], prefix: Prefix, members: int, keep: bool = False) -> np.ndarray:
         lengths_N = np.array([len(sequence) for sequence in batch])
         ids_T = np.fromiter(chain.from_iterable(batch), np.int64, int(lengths_N.sum()))
         width = self.config.hidden_size
         vectors_NE = np.empty((len(batch), width), np.float32)
+        angles = self._angles_up_to((0 if keep else prefix.length) + int(lengths_N.max()))
         rows = -(-len(ids_T) // ROWS) * ROWS if members > 1 else 1
         team = Team(members, np.empty((2, members, rows, width), np.float32), np.zeros(1, np.int64))
 
         def work(member: int) -> None:
-            forward(self._weights, ids_T, lengths_N, self._angles, prefix, keep, team, member, vectors_NE)
+            forward(self._weights, ids_T, lengths_N, angles, prefix, keep, team, member, vectors_NE)
 
         if members == 1:
             work(0)
@@ -111,11 +131,12 @@ class AmxDecoder:
 
     def _angles_up_to(self, positions: int) -> np.ndarray:
         """float32 [2, positions or more, D / 2]: cosines and sines."""
-        known: np.ndarray | None = getattr(self, "_angles", None)
-        if known is not None and known.shape[1] >= positions:
-            return known
-        tables = rope_tables(self.config, torch.arange(2 * positions), torch.float32)
-        return np.stack([table[:, 0, : self.config.head_dim // 2].numpy() for table in tables])
+        angles = self._angles
+        if angles.shape[1] < positions:
+            tables = rope_tables(self.config, torch.arange(2 * positions), torch.float32)
+            angles = np.stack([table[:, 0, : self.config.head_dim // 2].numpy() for table in tables])
+            self._angles = angles  # another thread may put shorter ones there: then they are made again
+        return angles
 
     def _empty_prefix(self, length: int) -> Prefix:
         size = -(-length // PANEL) * (self.config.head_dim // DEPTH) * RIGHT_STEP // 4

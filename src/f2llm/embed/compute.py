@@ -21,6 +21,9 @@ Tokens = Sequence[int]
 class Compute(Protocol):
     """A decoder and how it is computed; a prefix is of the same object that uses it."""
 
+    lanes: int
+    """How many threads may ask for a batch at once before they take cores from each other."""
+
     def vectors(self, sequences: Sequence[Tokens], prefix: Any = None) -> np.ndarray:
         """float32 [N, E] of token sequences, which all stand behind the prefix if there is one."""
 
@@ -48,6 +51,8 @@ def compute_for(decoder: Decoder) -> Compute:
 
 class TorchDecoder:
     """The decoder as it is trained."""
+
+    lanes = 1
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder

@@ -60,6 +60,7 @@ class Embedder:
         self.identity = self.facts.identity
         self.parameters = model_size(model.decoder)
         self._compute = compute_for(model.decoder)
+        self.lanes = self._compute.lanes
         self._prefixes = Prefixes(self._compute.prefix)
 
     def encode(

@@ -1,8 +1,8 @@
-"""Continuous batching: the texts of all requests in one fair queue, computed by a thread of its own.
+"""Continuous batching: the texts of all requests in one fair queue, computed by threads of their own.
 
-The event loop only queues and answers. The thread takes a batch under a budget of tokens as soon as anything waits
-and the last batch is done: a lone query is computed at once, and under load batches fill by themselves. The thread
-forms its batches itself, so that it never waits for a busy event loop.
+The event loop only queues and answers. A thread takes a batch under a budget of tokens as soon as anything waits and
+its last batch is done: a lone query is computed at once, and under load batches fill by themselves. Threads form their
+batches themselves, so that they never wait for a busy event loop, nor for each other.
 
 Clients get equal shares of the tokens that are computed, text by text (fair_queue.py).
 
@@ -22,10 +22,13 @@ import numpy as np
 from f2llm.serve.fair_queue import FairQueue, Request, Share
 
 TOKENS_PER_BATCH = 1024
-"""96 % of the tokens/s of 8,192 (80M shape, CPU), and a new query waits for an eighth of the time."""
-MAX_WAITING_TOKENS = 6 * TOKENS_PER_BATCH
-"""64 clients with one text of usual length each (65 tokens) are 4,200 tokens, in work or waiting: with this limit they
-are all admitted, and twice as many do not make anybody wait for twice as long."""
+"""Of all threads: 96 % of the tokens/s of 8,192 (80M shape, CPU), and a new query waits an eighth of the time."""
+LEAST_TOKENS = 512
+"""Of one thread's batch, however many threads there are: with fewer, reading the weights takes too large a part."""
+BATCHES_WAITING = 6
+"""Batches of all threads that may be computed before a request, by their tokens. 64 clients with one text of usual
+length each (65 tokens) are four of 1,024 tokens, in work or waiting: with this limit they are all admitted, and twice
+as many do not make anybody wait for twice as long."""
 RATE_MEMORY = 0.9  # weight of all earlier batches in the measured tokens/s, at each further one
 
 Raw = Callable[[list[Sequence[int]]], np.ndarray]
@@ -41,37 +44,42 @@ class Overloaded(Exception):  # noqa: N818  not an error of anybody: come again
 
 
 class Scheduler:
-    """Vectors for many clients at once, from one thread that computes."""
+    """Vectors for many clients at once."""
 
     def __init__(
         self,
         raw: Raw,
         *,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
-        max_waiting_tokens: int = MAX_WAITING_TOKENS,
+        lanes: int = 1,
+        tokens_per_batch: int | None = None,
+        max_waiting_tokens: int | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
         """Give it `Embedder.raw`, then `start` it.
 
         Args:
-            raw: token sequences to vectors, float32 [B, D]; called in the scheduler's thread.
-            tokens_per_batch: the most tokens computed at once (a longer text is computed alone), and so the time
-                that a query may have to wait before it can be in a batch.
+            raw: token sequences to vectors, float32 [B, D]; called in the scheduler's threads.
+            lanes: how many threads call it at once.
+            tokens_per_batch: the most tokens that a thread computes at once (a longer text is computed alone), and so
+                the time that a query may have to wait before it can be in a batch.
             max_waiting_tokens: a request is refused while more tokens than this would be computed before it.
             on_batch: called on the event loop after each batch that succeeded, with its number of texts, its number
                 of tokens and the seconds it took.
         """
         self.on_batch = on_batch
         self._raw = raw
-        self._tokens_per_batch = tokens_per_batch
-        self._max_waiting_tokens = max_waiting_tokens
+        usual = max(TOKENS_PER_BATCH // lanes, LEAST_TOKENS)
+        self.tokens_per_batch = tokens_per_batch or usual
+        self._max_waiting_tokens = max_waiting_tokens or BATCHES_WAITING * lanes * usual
         self._queue = FairQueue()
         self._changed = threading.Condition()  # guards the queue and the four values below
         self._draining = False
-        self._computing = 0  # tokens of the batch in work
+        self._computing = 0  # tokens of the batches in work
         self._past_tokens = 0.0
         self._past_seconds = 0.0
-        self._thread = threading.Thread(target=self._work, name="f2llm vectors", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work, name="f2llm vectors", daemon=True) for _ in range(lanes)
+        ]
 
     @property
     def waiting_tokens(self) -> int:
@@ -83,14 +91,16 @@ class Scheduler:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     async def drain(self) -> None:
         """Refuse what is new, and return when all that waited has been computed."""
         with self._changed:
             self._draining = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     async def vectors(self, client: str, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Un-normalised vectors of a client's token sequences, float32 [N, D].
@@ -115,19 +125,20 @@ class Scheduler:
         ahead = self._queue.ahead(client, tokens)
         limit = self._max_waiting_tokens
         if self._draining or ahead > limit:
-            rate = self._past_tokens / self._past_seconds if self._past_seconds else None
-            retry_after = (ahead + self._computing) / rate if rate else 1.0
+            rate = self._past_tokens / self._past_seconds if self._past_seconds else None  # of one thread
+            retry_after = (ahead + self._computing) / (rate * len(self._threads)) if rate else 1.0
             too_much = f"{ahead} tokens would be computed before this request, the limit is {limit}"
             raise Overloaded("the server is stopping" if self._draining else too_much, retry_after)
 
     def _work(self) -> None:
-        """The thread: batch after batch, until nothing waits and nothing more will come."""
+        """A thread: batch after batch, until nothing waits and nothing more will come."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue.texts or self._draining)
-                batch = self._queue.take(self._tokens_per_batch)
+                batch = self._queue.take(self.tokens_per_batch)
                 ids = [text for share in batch for text in share.request.ids[share.first : share.stop]]
-                self._computing = tokens = sum(map(len, ids))
+                tokens = sum(map(len, ids))
+                self._computing += tokens
             if not batch:
                 return
             started = time.perf_counter()
@@ -137,13 +148,13 @@ class Scheduler:
                 self._loop.call_soon_threadsafe(_fail, batch, error)
             else:
                 seconds = time.perf_counter() - started
-                self._measure(tokens, seconds)
                 self._loop.call_soon_threadsafe(self._answer, batch, vectors_BD, tokens, seconds)
-
-    def _measure(self, tokens: int, seconds: float) -> None:
-        with self._changed:
-            self._past_tokens = RATE_MEMORY * self._past_tokens + tokens
-            self._past_seconds = RATE_MEMORY * self._past_seconds + seconds
+                with self._changed:
+                    self._past_tokens = RATE_MEMORY * self._past_tokens + tokens
+                    self._past_seconds = RATE_MEMORY * self._past_seconds + seconds
+            finally:
+                with self._changed:
+                    self._computing -= tokens
 
     def _answer(self, batch: list[Share], vectors_BD: np.ndarray, tokens: int, seconds: float) -> None:
         row = 0

@@ -39,7 +39,7 @@ def serve(
         served = []
         for name, source in by_name.items():
             embedder = Embedder(source)
-            served.append(Served(name, embedder, Scheduler(embedder.raw)))
+            served.append(Served(name, embedder, Scheduler(embedder.raw, lanes=embedder.lanes)))
         app = make_app(served, keys=keys, token_arrays=token_arrays)
         shown = f"[{host}]" if ":" in host else host
         say(f"{', '.join(by_name)} at http://{shown}:{address.getsockname()[1]}")

@@ -9,7 +9,6 @@ import f2llm
 from f2llm.serve.errors import ApiError, TEIError, described
 from f2llm.serve.inputs import MAX_TEXTS
 from f2llm.serve.metrics import CONTENT_TYPE_LATEST
-from f2llm.serve.scheduler import TOKENS_PER_BATCH
 from f2llm.serve.vectors import TOKENIZING_THREADS, rooms
 
 router = APIRouter(tags=["TEI"], responses=described(TEIError))
@@ -28,7 +27,7 @@ async def info(request: Request, model: str | None = Query(None)) -> dict[str, A
         "model_type": {"embedding": {"pooling": "last_token"}},
         "max_concurrent_requests": 2**31 - 1,  # what waits is limited, in tokens; clients expect a number
         "max_input_length": embedder.max_length,
-        "max_batch_tokens": TOKENS_PER_BATCH,
+        "max_batch_tokens": served.scheduler.tokens_per_batch,
         "max_batch_requests": None,
         "max_client_batch_size": MAX_TEXTS,
         "auto_truncate": False,
