@@ -214,7 +214,7 @@ def test_a_model_that_fails_is_a_500_and_the_server_lives_on(
 ) -> None:
     broken = threading.Event()
 
-    def raw(ids: list[list[int]]) -> np.ndarray:
+    def raw(ids: list[list[int]], alone: bool) -> np.ndarray:
         if not broken.is_set():
             return embedder.raw(ids)
         if nan:
@@ -239,7 +239,7 @@ def test_a_client_that_goes_away_takes_its_texts_along(serving: Serving, embedde
     free = threading.Event()
     computed: list[tuple[int, ...]] = []
 
-    def slow(ids: list[list[int]]) -> np.ndarray:
+    def slow(ids: list[list[int]], alone: bool) -> np.ndarray:
         assert free.wait(30)
         computed.extend(map(tuple, ids))
         return embedder.raw(ids)
@@ -260,7 +260,7 @@ def test_health_is_503_until_the_models_are_warm(serving: Serving, embedder: Emb
     free = threading.Event()
     lengths: list[int] = []
 
-    def slow(ids: list[list[int]]) -> np.ndarray:
+    def slow(ids: list[list[int]], alone: bool) -> np.ndarray:
         assert free.wait(30)
         lengths.extend(map(len, ids))
         return embedder.raw(ids)

@@ -177,7 +177,7 @@ def test_company_does_not_change_a_vector(server: Server, embedder: Embedder) ->
 def test_overload_is_a_429_that_the_client_survives(serving: Serving, embedder: Embedder) -> None:
     free, computing = threading.Event(), threading.Event()
 
-    def slow(ids: list[list[int]]) -> np.ndarray:
+    def slow(ids: list[list[int]], alone: bool) -> np.ndarray:
         computing.set()
         assert free.wait(30)
         return embedder.raw(ids)

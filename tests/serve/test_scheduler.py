@@ -29,7 +29,7 @@ class Recorder:
         self._changed = threading.Condition()
         self._seconds_per_token, self._poison = seconds_per_token, poison
 
-    def __call__(self, ids: list[Sequence[int]]) -> np.ndarray:
+    def __call__(self, ids: list[Sequence[int]], alone: bool) -> np.ndarray:
         batch = [list(text) for text in ids]
         if batch:
             self.batches.append(batch)
@@ -407,7 +407,7 @@ def test_lanes_compute_at_once_and_answer_all() -> None:
     inside, most = 0, 0
     lock = threading.Lock()
 
-    def counted(ids: list[Text]) -> np.ndarray:
+    def counted(ids: list[Text], alone: bool) -> np.ndarray:
         nonlocal inside, most
         with lock:
             inside += 1

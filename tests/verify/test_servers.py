@@ -234,9 +234,9 @@ def test_golden_vectors_tell_a_server_that_computes_otherwise(
     verify_folder(str(folder), make_golden=True)
 
     class WithoutEos(Embedder):
-        def raw(self, ids: object) -> np.ndarray:
+        def raw(self, ids: object, alone: bool = True) -> np.ndarray:
             assert isinstance(ids, list)
-            return super().raw([sequence[:-1] or sequence for sequence in ids])
+            return super().raw([sequence[:-1] or sequence for sequence in ids], alone)
 
     with serving_model(WithoutEos(model_folder), tells=False) as server:
         report = verify_server(server.address, golden=folder / "golden.json")

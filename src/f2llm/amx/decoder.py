@@ -7,9 +7,8 @@ Shape suffixes: N sequences, E hidden width.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain
 from threading import Lock
 
@@ -57,45 +56,33 @@ class AmxDecoder:
         self._none = self._empty_prefix(0)
         self.lanes = threads
         self._pool = ThreadPoolExecutor(threads, "f2llm amx")
-        self._pool_lock = Lock()  # the members of a team must all be at work at once
-        self._asking = 0  # calls of `vectors`
-        self._count_lock = Lock()
+        self._lock = Lock()  # the members of a team must all be at work at once
 
-    def vectors(self, sequences: Sequence[Tokens], prefix: Prefix | None = None) -> np.ndarray:
+    def vectors(
+        self, sequences: Sequence[Tokens], prefix: Prefix | None = None, alone: bool = True
+    ) -> np.ndarray:
         """float32 [N, E] of token sequences, which all stand behind the prefix if there is one.
 
-        All threads work for a caller who is alone; several at once each get the one that they call from.
+        All threads work for a caller who is alone; one who is not has no other than its own.
         """
         prefix = prefix or self._none
         lengths = [len(sequence) for sequence in sequences]
         vectors_NE = np.empty((len(sequences), self.config.hidden_size), np.float32)
 
-        def work(batch: list[int], members: int) -> None:
+        def work(batch: list[int], members: int = 1) -> None:
             vectors_NE[batch] = self._batch([sequences[i] for i in batch], prefix, members)
 
-        with self._one_more() as others:
-            if others:
-                for batch in token_batches(lengths, TOKENS):
-                    work(batch, 1)
-                return vectors_NE
-            with self._pool_lock:
-                batches = self._batches(lengths)
-                alone = len(batches) // self.lanes * self.lanes
-                list(self._pool.map(lambda batch: work(batch, 1), batches[:alone]))
-                for batch in batches[alone:]:
-                    work(batch, min(self.lanes, self.config.num_key_value_heads))
+        if not alone:
+            for batch in token_batches(lengths, TOKENS):
+                work(batch)
+            return vectors_NE
+        with self._lock:
+            batches = self._batches(lengths)
+            for_one = len(batches) // self.lanes * self.lanes
+            list(self._pool.map(work, batches[:for_one]))
+            for batch in batches[for_one:]:
+                work(batch, min(self.lanes, self.config.num_key_value_heads))
         return vectors_NE
-
-    @contextmanager
-    def _one_more(self) -> Iterator[int]:
-        """Count a caller, and tell how many others there are."""
-        with self._count_lock:
-            others, self._asking = self._asking, self._asking + 1
-        try:
-            yield others
-        finally:
-            with self._count_lock:
-                self._asking -= 1
 
     def prefix(self, ids: Tokens) -> Prefix:
         """What sequences that begin with these tokens need of them."""

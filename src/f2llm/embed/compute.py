@@ -24,8 +24,11 @@ class Compute(Protocol):
     lanes: int
     """How many threads may ask for a batch at once before they take cores from each other."""
 
-    def vectors(self, sequences: Sequence[Tokens], prefix: Any = None) -> np.ndarray:
-        """float32 [N, E] of token sequences, which all stand behind the prefix if there is one."""
+    def vectors(self, sequences: Sequence[Tokens], prefix: Any = None, alone: bool = True) -> np.ndarray:
+        """float32 [N, E] of token sequences, which all stand behind the prefix if there is one.
+
+        `alone` is false where as many threads ask at once as there are lanes: then no other ones are used.
+        """
 
     def prefix(self, ids: Tokens) -> Any:
         """What sequences that begin with these tokens need of them."""
@@ -58,7 +61,9 @@ class TorchDecoder:
         self._decoder = decoder
 
     @torch.inference_mode()
-    def vectors(self, sequences: Sequence[Tokens], prefix: Prefix | None = None) -> np.ndarray:
+    def vectors(
+        self, sequences: Sequence[Tokens], prefix: Prefix | None = None, alone: bool = True
+    ) -> np.ndarray:
         vectors_NE = np.empty((len(sequences), self._decoder.config.hidden_size), dtype=np.float32)
         for batch in token_batches([len(sequence) for sequence in sequences], TOKENS_PER_BATCH):
             vectors_BE = forward(self._decoder, [sequences[i] for i in batch], prefix=prefix)

@@ -184,10 +184,11 @@ class Embedder:
         """Token sequences that the model takes, and how many were cut (EOS stays); UsageError unless "truncate"."""
         return fit(ids, self.max_length, too_long, first)
 
-    def raw(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    def raw(self, ids: Sequence[Sequence[int]], alone: bool = True) -> np.ndarray:
         """Vectors as the decoder gives them, float32 [N, width], of token sequences that `fit` gave.
 
         Distinct ones are computed once, sorted by length, by token budget, and a prefix that many share once for all.
+        Where up to `lanes` threads call it at once, `alone` is false: each computes by itself.
         """
         number: dict[tuple[int, ...], int] = {}
         row_N = [number.setdefault(tuple(sequence), len(number)) for sequence in ids]
@@ -195,7 +196,8 @@ class Embedder:
         vectors_UD = np.empty((len(distinct), self._width), dtype=np.float32)
         for tokens, members in self._prefixes.groups(distinct):
             prefix = self._prefixes.state(tokens) if tokens else None
-            vectors_UD[members] = self._compute.vectors([distinct[i][len(tokens) :] for i in members], prefix)
+            behind = [distinct[i][len(tokens) :] for i in members]
+            vectors_UD[members] = self._compute.vectors(behind, prefix, alone)
         return vectors_UD[row_N]
 
     def _tokens_of_prompt(self, prefix: str, ids: list[int]) -> tuple[int, ...]:

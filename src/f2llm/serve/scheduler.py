@@ -22,16 +22,15 @@ import numpy as np
 from f2llm.serve.fair_queue import FairQueue, Request, Share
 
 TOKENS_PER_BATCH = 1024
-"""Of all threads: 96 % of the tokens/s of 8,192 (80M shape, CPU), and a new query waits an eighth of the time."""
-LEAST_TOKENS = 512
-"""Of one thread's batch, however many threads there are: with fewer, reading the weights takes too large a part."""
-BATCHES_WAITING = 6
-"""Batches of all threads that may be computed before a request, by their tokens. 64 clients with one text of usual
-length each (65 tokens) are four of 1,024 tokens, in work or waiting: with this limit they are all admitted, and twice
-as many do not make anybody wait for twice as long."""
+"""With one lane: 96 % of the tokens/s of 8,192 (80M shape, CPU), and a new query waits for an eighth of the time."""
+TOKENS_PER_LANE = 768
+"""Of each of several lanes: with 512, a batch ends at the first text that does not fit too far below its budget."""
+WAITING_PER_LANE = 2560
+"""Tokens, for two lanes at least. 64 clients with one text of usual length each (60 tokens) have 3,900 in work or
+waiting: with this limit they are all admitted, and twice as many make nobody wait for twice as long."""
 RATE_MEMORY = 0.9  # weight of all earlier batches in the measured tokens/s, at each further one
 
-Raw = Callable[[list[Sequence[int]]], np.ndarray]
+Raw = Callable[[list[Sequence[int]], bool], np.ndarray]
 OnBatch = Callable[[int, int, float], None]
 
 
@@ -58,7 +57,8 @@ class Scheduler:
         """Give it `Embedder.raw`, then `start` it.
 
         Args:
-            raw: token sequences to vectors, float32 [B, D]; called in the scheduler's threads.
+            raw: token sequences, and whether nothing else is to be computed at the same time, to vectors, float32
+                [B, D]; called in the scheduler's threads.
             lanes: how many threads call it at once.
             tokens_per_batch: the most tokens that a thread computes at once (a longer text is computed alone), and so
                 the time that a query may have to wait before it can be in a batch.
@@ -68,9 +68,8 @@ class Scheduler:
         """
         self.on_batch = on_batch
         self._raw = raw
-        usual = max(TOKENS_PER_BATCH // lanes, LEAST_TOKENS)
-        self.tokens_per_batch = tokens_per_batch or usual
-        self._max_waiting_tokens = max_waiting_tokens or BATCHES_WAITING * lanes * usual
+        self.tokens_per_batch = tokens_per_batch or (TOKENS_PER_BATCH if lanes == 1 else TOKENS_PER_LANE)
+        self._max_waiting_tokens = max_waiting_tokens or WAITING_PER_LANE * max(2, lanes)
         self._queue = FairQueue()
         self._changed = threading.Condition()  # guards the queue and the four values below
         self._draining = False
@@ -109,7 +108,7 @@ class Scheduler:
         that one of them was in. Cancelled, it takes along all that no batch has taken.
         """
         if not ids:
-            return self._raw([])  # nothing to compute, but its shape is known there
+            return self._raw([], False)  # nothing to compute, but its shape is known there
         request = Request(client, ids, self._loop.create_future())
         with self._changed:
             self._admit(client, request.tokens)
@@ -138,12 +137,13 @@ class Scheduler:
                 batch = self._queue.take(self.tokens_per_batch)
                 ids = [text for share in batch for text in share.request.ids[share.first : share.stop]]
                 tokens = sum(map(len, ids))
+                alone = not self._computing and not self._queue.texts
                 self._computing += tokens
             if not batch:
                 return
             started = time.perf_counter()
             try:
-                vectors_BD = self._raw(ids)
+                vectors_BD = self._raw(ids, alone)
             except Exception as error:
                 self._loop.call_soon_threadsafe(_fail, batch, error)
             else:
