@@ -1,5 +1,6 @@
-"""Encoding with `Embedder`."""
+"""Encoding with `Embedder`: in the best way of this machine, or by torch."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from f2llm.model.folder import read_config
 from workers.arithmetic import linear_shapes, most_products
 
 
-def commands(model_folder: str, texts_file: str) -> dict[str, Callable[..., Any]]:
+def commands(model_folder: str, texts_file: str, compute: str = "best") -> dict[str, Callable[..., Any]]:
+    if compute == "torch":
+        os.environ["F2LLM_AMX"] = "0"
     embedder = Embedder(model_folder)
     texts = read_json(Path(texts_file))
 

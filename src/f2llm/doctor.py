@@ -6,8 +6,9 @@ import platform
 from typing import Any
 
 from f2llm import __version__, runtime
+from f2llm.amx.hardware import why_not
 
-LIBRARIES = ("torch", "numpy", "tokenizers", "safetensors", "pyarrow", "babel", "lancedb", "scikit-learn")
+LIBRARIES = ("torch", "numpy", "numba", "tokenizers", "safetensors", "pyarrow", "babel", "lancedb", "scikit-learn")
 
 
 def examine() -> dict[str, Any]:
@@ -22,6 +23,7 @@ def examine() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "matrix units": f"not used: {reason}" if (reason := why_not()) else "used",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "keeps freed memory": runtime.keep_memory(),
     }
