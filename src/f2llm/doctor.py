@@ -8,7 +8,17 @@ from typing import Any
 from f2llm import __version__, runtime
 from f2llm.amx.hardware import why_not
 
-LIBRARIES = ("torch", "numpy", "numba", "tokenizers", "safetensors", "pyarrow", "babel", "lancedb", "scikit-learn")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "numba",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+    "babel",
+    "lancedb",
+    "scikit-learn",
+)
 
 
 def examine() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from f2llm.model.folder import Model
 if reason := why_not():
     pytest.skip(f"no matrix units here: {reason}", allow_module_level=True)
 
-from f2llm.amx.decoder import AmxDecoder, supports
+from f2llm.amx.decoder import AmxDecoder, why_not_fitting
 
 FITTING = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 32}
 SHAPES = [
@@ -125,6 +125,94 @@ def test_no_sequences_are_no_vectors(make_model: MakeModel) -> None:
 
 def test_sizes_that_fit_no_tile_are_left_to_torch(make_model: MakeModel) -> None:
     config = make_model(**FITTING).decoder.config
-    assert supports(config)
+    assert why_not_fitting(config) is None
     for field, value in (("hidden_size", 80), ("head_dim", 16), ("intermediate_size", 160)):
-        assert not supports(DecoderConfig(**{**vars(config), field: value}))
+        assert str(value) in str(why_not_fitting(DecoderConfig(**{**vars(config), field: value})))
+
+
+# --- int8
+
+IN_BYTES = {**FITTING, "intermediate_size": 256}
+
+
+def simulated(decoder: Decoder, batch: Sequence[Sequence[int]]) -> np.ndarray:
+    """Vectors by torch with every linear map's weights and inputs rounded as int8 is: the independent reference."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return (x / scale.clamp_min(1e-30)).round() * scale
+
+    copy = deepcopy(decoder)
+    for layer in copy.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        for map_, norm in (
+            *((m, before) for m in (attention.q_proj, attention.k_proj, attention.v_proj)),
+            *((m, between) for m in (mlp.gate_proj, mlp.up_proj)),
+        ):
+            map_.weight.data = rounded(map_.weight.data * norm.data)
+            map_.register_forward_pre_hook(lambda _, given: (rounded(given[0]),))
+        before.data.fill_(1)
+        between.data.fill_(1)
+        by_parts(attention.o_proj, decoder.config.num_key_value_heads, rounded)
+        by_parts(mlp.down_proj, decoder.config.intermediate_size // 128, rounded)
+    return by_torch(copy, batch)
+
+
+def by_parts(map_: torch.nn.Linear, parts: int, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The maps whose inputs come a part at a time round each part by itself."""
+    whole = rounded(map_.weight.data.unflatten(1, (parts, -1))).flatten(1)
+    map_.weight.data = whole
+    map_.register_forward_pre_hook(
+        lambda _, given: (rounded(given[0].unflatten(-1, (parts, -1))).flatten(-2),)
+    )
+
+
+@pytest.mark.parametrize("shape", [IN_BYTES, {**IN_BYTES, "hidden_size": 192, "num_hidden_layers": 3}])
+def test_int8_rounds_as_it_says(shape: dict[str, int], make_model: MakeModel) -> None:
+    decoder = make_model(**shape).decoder
+    batch = sequences(LENGTHS)
+    found_NE = AmxDecoder(deepcopy(decoder), 2, in_bytes=True).vectors(batch)
+    expected_NE, exact_NE = simulated(decoder, batch), by_torch(decoder, batch)
+    # A number on the edge between two integers may fall to either side, and layers carry that on.
+    assert np.median(np.linalg.norm(found_NE - expected_NE, axis=1)) < 0.3 * np.median(
+        np.linalg.norm(found_NE - exact_NE, axis=1)
+    )
+    cosines = (
+        (found_NE * exact_NE).sum(1) / np.linalg.norm(found_NE, axis=1) / np.linalg.norm(exact_NE, axis=1)
+    )
+    assert 0.98 < cosines.min() < 0.99999  # near, and not float32 by mistake
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_int8_does_not_depend_on_company(threads: int, make_model: MakeModel) -> None:
+    """Loud texts in a batch do not change how a quiet one is rounded; threads add up in another order."""
+    decoder = make_model(**IN_BYTES).decoder
+    batch = sequences([7, 300, 23, 64, *range(1, 40)])
+    amx = AmxDecoder(deepcopy(decoder), threads, in_bytes=True)
+    together_NE = amx.vectors(batch)
+    alone_NE = np.concatenate([amx.vectors([one]) for one in batch])
+    if threads == 1:
+        np.testing.assert_array_equal(alone_NE, together_NE)
+    cosines = (alone_NE * together_NE).sum(1)
+    cosines /= np.linalg.norm(alone_NE, axis=1) * np.linalg.norm(together_NE, axis=1)
+    assert cosines.min() > 0.999
+
+
+def test_int8_behind_a_prefix(make_model: MakeModel) -> None:
+    decoder = make_model(**IN_BYTES).decoder
+    (prefix,) = sequences([25], seed=9)
+    behind = sequences([1, 5, 16, 40], seed=10)
+    amx = AmxDecoder(deepcopy(decoder), 1, in_bytes=True)
+    whole_NE = amx.vectors([prefix + one for one in behind])
+    assert difference(amx.vectors(behind, amx.prefix(prefix)), whole_NE) < 1e-3
+
+
+def test_int8_hides_no_damage(make_model: MakeModel) -> None:
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        decoder = deepcopy(make_model(**IN_BYTES).decoder)
+        for part, weight in decoder.layers[0].named_parameters():
+            if name in part:
+                weight.data[0, 0] = float("nan")
+        vectors_NE = AmxDecoder(decoder, 2, in_bytes=True).vectors(sequences([20]))
+        assert not np.isfinite(vectors_NE).all(), name

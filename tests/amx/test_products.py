@@ -11,7 +11,7 @@ if reason := why_not():
 
 from numba import njit
 
-from f2llm.amx import steps
+from f2llm.amx import maps, steps
 from f2llm.amx.instructions import CONFIGURATION, configure
 from f2llm.amx.products import LEFT_STEP, RIGHT_STEP, TILE, multiply
 
@@ -80,20 +80,20 @@ def halves_of_rows(left: np.ndarray, rows: int, width: int) -> np.ndarray:
 def test_swiglu_is_the_plain_formula() -> None:
     gate_TW, up_TW = (4 * RNG.standard_normal((20, 128), np.float32) for _ in range(2))
     gate_TW[0, :4] = [-200, 200, 0, -0.0]
-    left = np.zeros(2 * 4 * LEFT_STEP, np.uint8)
-    steps.swiglu_rows(gate_TW, up_TW, 20, left.ctypes.data)
+    left = maps.empty_left(20, 128)
+    maps.swiglu_rows(gate_TW, up_TW, 20, left, False)
     gate, up = torch.from_numpy(gate_TW).double(), torch.from_numpy(up_TW).double()
     expected = (torch.nn.functional.silu(gate) * up).numpy()
-    np.testing.assert_allclose(halves_of_rows(left, 20, 128), expected, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(halves_of_rows(left.factor, 20, 128), expected, rtol=1e-5, atol=1e-30)
 
 
 def test_norms_are_the_plain_formula() -> None:
     x_TW = 3 * RNG.standard_normal((21, 96), np.float32)
-    left = np.zeros(2 * 3 * LEFT_STEP, np.uint8)
-    steps.norm_rows(x_TW, 21, np.float32(1e-6), left.ctypes.data)
+    left = maps.empty_left(21, 96)
+    maps.norm_rows(x_TW, 21, np.float32(1e-6), left, False)
     exact = x_TW.astype(np.float64)
     exact /= np.sqrt((exact**2).mean(1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(halves_of_rows(left, 21, 96), exact, rtol=1e-5)
+    np.testing.assert_allclose(halves_of_rows(left.factor, 21, 96), exact, rtol=1e-5)
 
 
 def test_a_tile_is_where_place_says() -> None:

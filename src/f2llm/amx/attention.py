@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from f2llm.amx.compiling import any_order, kernel
-from f2llm.amx.instructions import LANES, split_powers
+from f2llm.amx.instructions import LANES, largest, multiply_by, split_powers
 from f2llm.amx.products import DEPTH, LEFT_STEP, PANEL, RIGHT_STEP, ROWS, TILE, multiply
-from f2llm.amx.steps import place, put_row
+from f2llm.amx.steps import place
 
 QUERIES = 64  # in one product
 APART = 16  # numbers between rows of scores, so that rows do not share sets of the cache
@@ -27,28 +27,19 @@ class Scratch(NamedTuple):
 
     scores_QS: np.ndarray
     shares: np.ndarray  # a left factor [Q, S]
-    mixed_QD: np.ndarray
     totals: np.ndarray  # of a row, sixteen that add up to one
     inverse_Q: np.ndarray  # one over the sums of shares
 
 
 @kernel
-def scratch(panels: int, width: int) -> Scratch:
+def scratch(panels: int) -> Scratch:
     """For at most this many panels of 32 keys."""
     return Scratch(
         np.empty((QUERIES, panels * PANEL + APART), np.float32),
         np.zeros(QUERIES // ROWS * panels * LEFT_STEP, np.uint8),
-        np.empty((QUERIES, width), np.float32),
         np.empty(LANES, np.float32),
         np.empty(QUERIES, np.float32),
     )
-
-
-@any_order
-def _most(scores_QS: np.ndarray, row: int, first: int, count: int, most: np.float32) -> np.float32:
-    for i in range(first, first + count):
-        most = max(most, scores_QS[row, i])
-    return most
 
 
 @any_order
@@ -67,9 +58,8 @@ def _softmax(here: Scratch, query: int, before: int, before_panels: int, seen: i
     garbage, and gets no share.
     """
     first = before_panels * PANEL
-    most = _most(here.scores_QS, query, first, seen, here.scores_QS[query, first])
-    most = _most(here.scores_QS, query, 0, before, most)
     row = here.scores_QS.ctypes.data + query * here.scores_QS.shape[1] * 4
+    most = max(largest(row + 4 * first, seen), largest(row, before))
     here.totals[:] = 0
     for i in range(0, (before_panels + panels) * PANEL, LANES):
         valid = before - i if i < first else first + seen - i
@@ -91,22 +81,20 @@ def attend(
     before_keys: int,
     before_values: int,
     out: int,
-    out_depth: int,
     out_row: int,
-    out_first: int,
     here: Scratch,
 ) -> None:
-    """Write the mixtures of values of `count` queries into the left factor `out`, as rows from `out_row` on.
+    """Write the mixtures of values of `count` queries to `out`, float32; up to 15 rows behind them are overwritten.
 
     Args:
         queries: address of a left factor; query i is at `position` + i of its sequence.
         width: of a head. keys, values: addresses of right factors of `key_panels` panels of 32 keys.
         before: tokens of a prefix, whose keys and values are at `before_keys` and `before_values`.
-        out_depth, out_first: steps of depth of `out`, and the number in its rows where this head begins.
+        out, out_row: address, and bytes from one row to the next.
     """
     depth, before_panels = width // DEPTH, -(-before // PANEL)
     scores, score_row = here.scores_QS.ctypes.data, here.scores_QS.shape[1] * 4
-    shares, mixed = here.shares.ctypes.data, here.mixed_QD.ctypes.data
+    shares = here.shares.ctypes.data
     for first in range(0, count, QUERIES):
         some = min(QUERIES, count - first)
         tiles = -(-some // ROWS)
@@ -124,15 +112,16 @@ def attend(
         for query in range(some):
             _softmax(here, query, before, before_panels, position + first + query + 1, panels)
         share_row = (before_panels + panels) * LEFT_STEP
+        mixed = out + first * out_row
         if before:
             multiply(
-                shares, share_row, tiles, before_values, before_panels * RIGHT_STEP, depth, mixed, width * 4,
+                shares, share_row, tiles, before_values, before_panels * RIGHT_STEP, depth, mixed, out_row,
                 before_panels, False,
             )  # fmt: skip
         multiply(
             shares + before_panels * LEFT_STEP, share_row, tiles, values, key_panels * RIGHT_STEP, depth, mixed,
-            width * 4, panels, before > 0,
+            out_row, panels, before > 0,
         )  # fmt: skip
         for query in range(some):
-            row = mixed + query * width * 4
-            put_row(row, width, here.inverse_Q[query], out, out_depth, out_row + first + query, out_first)
+            for i in range(0, width, LANES):
+                multiply_by(mixed + query * out_row + 4 * i, here.inverse_Q[query])

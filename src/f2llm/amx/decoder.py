@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from f2llm.amx import products_of_bytes
 from f2llm.amx.forward import PART, Prefix, Team, Weights, forward
 from f2llm.amx.hardware import why_not
+from f2llm.amx.maps import Map
 from f2llm.amx.products import DEPTH, PANEL, RIGHT_STEP, ROWS
+from f2llm.amx.products_of_bytes import pack_bytes
 from f2llm.amx.steps import pack_right
 from f2llm.errors import F2Error
 from f2llm.model.batches import token_batches
@@ -32,10 +35,19 @@ FEW = 64
 Tokens = Sequence[int]
 
 
-def supports(config: DecoderConfig) -> bool:
-    """Whether this machine has the units, and the model's sizes fit their tiles."""
-    sizes = config.hidden_size % DEPTH, config.head_dim % DEPTH, config.intermediate_size % PART
-    return why_not() is None and not any(sizes)
+def why_not_fitting(config: DecoderConfig, in_bytes: bool = False) -> str | None:
+    """Which of the model's sizes fits no tile, in a few words; None where all do."""
+    depth = products_of_bytes.DEPTH if in_bytes else DEPTH
+    of_group = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    for what, size, unit in (
+        ("hidden width", config.hidden_size, depth),
+        ("head width", config.head_dim, DEPTH),
+        ("width of the heads that share a key", of_group, depth),
+        ("MLP width", config.intermediate_size, PART),
+    ):
+        if size % unit:
+            return f"its {what} is {size}, no multiple of {unit}"
+    return None
 
 
 def load_kernels() -> None:
@@ -46,12 +58,19 @@ def load_kernels() -> None:
 class AmxDecoder:
     """A decoder's weights in tiles, and the threads that work with them. Safe to use from several threads."""
 
-    def __init__(self, decoder: Decoder, threads: int) -> None:
-        """Takes the weights over: those of `decoder` are gone, layer by layer, so that no second copy is needed."""
-        if reason := why_not():  # without leave, the first tile would end the process
+    def __init__(self, decoder: Decoder, threads: int, in_bytes: bool = False) -> None:
+        """Takes the weights over: those of `decoder` are gone, layer by layer, so that no second copy is needed.
+
+        Args:
+            in_bytes: linear maps in int8, with a scale for each output and for each row that goes through.
+
+        Raises F2Error where the units or the model's sizes do not allow it.
+        """
+        # Without leave, the first tile would end the process.
+        if reason := why_not() or why_not_fitting(decoder.config, in_bytes):
             raise F2Error(f"matrix units cannot be used here: {reason}; use torch's decoder.")
         self.config = decoder.config
-        self._weights = _take(decoder)
+        self._weights = _take(decoder, in_bytes)
         self._angles = np.zeros((2, 0, self.config.head_dim // 2), np.float32)
         self._none = self._empty_prefix(0)
         self.lanes = threads
@@ -132,18 +151,21 @@ class AmxDecoder:
 
 
 @torch.no_grad()
-def _take(decoder: Decoder) -> Weights:
+def _take(decoder: Decoder, in_bytes: bool) -> Weights:
     config = decoder.config
     width, head, groups = config.hidden_size, config.head_dim, config.num_key_value_heads
     repeats, parts = config.num_attention_heads // groups, config.intermediate_size // PART
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
 
-    def room(count: int, outputs: int, inputs: int) -> np.ndarray:
-        shape = (len(layers), count, outputs // PANEL, inputs // DEPTH, 4, 16, 16)
+    def room(count: int, outputs: int, inputs: int) -> Map:
+        size = outputs * inputs * (1 if in_bytes else 4)
         # numpy asks for huge pages, which a virtual machine may take ten times as long to give.
-        return torch.empty(shape, dtype=torch.int32).numpy().view(np.uint32)
+        right = torch.empty((len(layers), count, size), dtype=torch.uint8).numpy()
+        return Map(right, np.empty((len(layers), count, outputs) if in_bytes else (0, 0, 0), np.float32))
 
     weights = Weights(
+        in_bytes=in_bytes,
+        repeats=repeats,
         table_VE=decoder.embed_tokens.weight.numpy(),
         qkv=room(groups, (repeats + 2) * head, width),
         out=room(groups, width, repeats * head),
@@ -160,11 +182,11 @@ def _take(decoder: Decoder) -> Weights:
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         by_group = [(map_.weight * before).unflatten(0, (groups, -1)) for map_ in projections]
-        _pack_each(torch.cat(by_group, 1), weights.qkv[number])
-        _pack_each(attention.o_proj.weight.unflatten(1, (groups, -1)).transpose(0, 1), weights.out[number])
-        _pack_each((mlp.gate_proj.weight * between).unflatten(0, (parts, PART)), weights.gate[number])
-        _pack_each((mlp.up_proj.weight * between).unflatten(0, (parts, PART)), weights.up[number])
-        _pack_each(mlp.down_proj.weight.unflatten(1, (parts, PART)).transpose(0, 1), weights.down[number])
+        _pack(torch.cat(by_group, 1), weights.qkv, number)
+        _pack(attention.o_proj.weight.unflatten(1, (groups, -1)).transpose(0, 1), weights.out, number)
+        _pack((mlp.gate_proj.weight * between).unflatten(0, (parts, PART)), weights.gate, number)
+        _pack((mlp.up_proj.weight * between).unflatten(0, (parts, PART)), weights.up, number)
+        _pack(mlp.down_proj.weight.unflatten(1, (parts, PART)).transpose(0, 1), weights.down, number)
         # Scores are powers of two, so that no exponential is needed.
         weights.query_norm_LD[number] = attention.q_norm.weight * (head**-0.5 * math.log2(math.e))
         weights.key_norm_LD[number] = attention.k_norm.weight
@@ -172,7 +194,10 @@ def _take(decoder: Decoder) -> Weights:
     return weights
 
 
-def _pack_each(maps: Tensor, right: np.ndarray) -> None:
-    """Maps [..., F, E] into right factors [..., P, K, 4, 16, 16]."""
-    for weight_FE, factor in zip(maps.contiguous().numpy(), right, strict=True):
-        pack_right(weight_FE, factor.ravel())
+def _pack(weights: Tensor, map_: Map, layer: int) -> None:
+    """The parts of a map, [parts, F, E], into its right factors."""
+    for part, weight_FE in enumerate(weights.contiguous().numpy()):
+        if map_.scale.size:
+            pack_bytes(weight_FE, map_.right[layer, part].view(np.int8), map_.scale[layer, part])
+        else:
+            pack_right(weight_FE, map_.right[layer, part].view(np.uint32))

@@ -16,29 +16,24 @@ import numpy as np
 from f2llm.amx.attention import Scratch, attend, scratch
 from f2llm.amx.compiling import kept_on_disk, kernel
 from f2llm.amx.instructions import CONFIGURATION, arrive, configure, glance, pause, release
-from f2llm.amx.products import DEPTH, LEFT_STEP, PANEL, RIGHT_STEP, ROWS, multiply
-from f2llm.amx.steps import (
-    inverse_rms,
-    norm_rows,
-    put_column,
-    put_row,
-    put_values,
-    swiglu_rows,
-    turn_head,
-)
+from f2llm.amx.maps import Left, Map, apply, empty_left, norm_rows, put_rows, swiglu_rows
+from f2llm.amx.products import DEPTH, LEFT_STEP, PANEL, RIGHT_STEP, ROWS
+from f2llm.amx.steps import inverse_rms, put_column, put_row, put_values, turn_head
 
 PART = 128  # numbers of the MLP's inner width that are worked on at once
 
 
 class Weights(NamedTuple):
-    """A decoder's weights; maps are right factors, uint32 [..., P, K, 4, 16, 16], with the norms before them inside."""
+    """A decoder's weights; maps have the norms before them inside."""
 
+    in_bytes: bool  # whether maps are in int8
+    repeats: int  # query heads of a key/value head
     table_VE: np.ndarray
-    qkv: np.ndarray  # [L, G, ...]: query heads of a key/value head, its key, its value
-    out: np.ndarray  # [L, G, ...]
-    gate: np.ndarray  # [L, I, ...]
-    up: np.ndarray  # [L, I, ...]
-    down: np.ndarray  # [L, I, ...]
+    qkv: Map  # a part for each of G: query heads of a key/value head, its key, its value
+    out: Map  # G parts
+    gate: Map  # I parts
+    up: Map  # I parts
+    down: Map  # I parts
     query_norm_LD: np.ndarray  # times log2(e) / sqrt(D)
     key_norm_LD: np.ndarray
     norm_E: np.ndarray
@@ -70,52 +65,58 @@ class Batch(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """Memory of one batch: numbers in float32, and the factors of products, whose unused rows stay finite."""
+    """Memory of one batch."""
 
-    left: np.ndarray
-    last_left: np.ndarray
+    left: Left
+    last_left: Left
     queries_TD: np.ndarray
     keys_values_TD: np.ndarray
     queries: np.ndarray
     keys: np.ndarray
     values: np.ndarray
-    mixed: np.ndarray
+    mixed_TD: np.ndarray
+    mixed: Left
     gate_TW: np.ndarray
     up_TW: np.ndarray
-    inner: np.ndarray
+    inner: Left
     turned_D: np.ndarray
     halves_2D: np.ndarray
     zeros_D: np.ndarray
+    ints: np.ndarray
     of_attention: Scratch
 
 
 @kernel
-def _room(batch: Batch, width: int, head: int, repeats: int) -> _Room:
+def _room(batch: Batch, weights: Weights) -> _Room:
     tokens, longest, tiles, panels = 0, 0, 0, 0
     for length in batch.lengths_N:
         tokens += length
         longest = max(longest, length)
         tiles += -(-length // ROWS)
         panels += -(-length // PANEL)
-    rows, deep, of_head = -(-tokens // ROWS), width // DEPTH, head // DEPTH
-    last_rows = -(-len(batch.lengths_N) // ROWS)
+    width, head = weights.table_VE.shape[1], weights.key_norm_LD.shape[1]
+    rows, of_head = -(-tokens // ROWS) * ROWS, head // DEPTH
+    of_queries = weights.repeats * head
     most_panels = -(-longest // PANEL) + -(-batch.before // PANEL)
+    most_outputs = max(max(width, of_queries), max(2 * head, PART)) if weights.in_bytes else 0
     return _Room(
-        np.zeros(rows * deep * LEFT_STEP, np.uint8),
-        np.zeros(last_rows * deep * LEFT_STEP, np.uint8),
-        np.empty((rows * ROWS, repeats * head), np.float32),
-        np.empty((rows * ROWS, 2 * head), np.float32),
+        empty_left(tokens, width),
+        empty_left(len(batch.lengths_N), width),
+        np.empty((rows, of_queries), np.float32),
+        np.empty((rows, 2 * head), np.float32),
         np.zeros(tiles * of_head * LEFT_STEP, np.uint8),
         np.zeros(panels * of_head * RIGHT_STEP // 4, np.uint32),
         np.zeros(panels * of_head * RIGHT_STEP // 4, np.uint32),
-        np.zeros(rows * repeats * of_head * LEFT_STEP, np.uint8),
-        np.empty((rows * ROWS, PART), np.float32),
-        np.empty((rows * ROWS, PART), np.float32),
-        np.zeros(rows * (PART // DEPTH) * LEFT_STEP, np.uint8),
+        np.zeros((rows + ROWS, of_queries), np.float32),
+        empty_left(tokens, of_queries),
+        np.empty((rows, PART), np.float32),
+        np.empty((rows, PART), np.float32),
+        empty_left(tokens, PART),
         np.empty(head, np.float32),
         np.empty((2, head // 2), np.uint32),
         np.zeros(head, np.float32),
-        scratch(most_panels, head),
+        np.empty((rows, most_outputs), np.int32),
+        scratch(most_panels),
     )
 
 
@@ -168,70 +169,62 @@ def _put_keys_and_values(
 
 @kernel
 def _attention(
-    weights: Weights,
-    layer: int,
-    group: int,
-    batch: Batch,
-    room: _Room,
-    prefix: Prefix,
-    keep: bool,
-    last_only: bool,
-    asking: int,
-    asking_rows: int,
-    rows: int,
-    to: int,
-) -> None:
-    """Add what the heads of one key/value head give to the tokens at `to`; `asking` is the left factor of queries."""
+    weights: Weights, layer: int, group: int, batch: Batch, room: _Room, prefix: Prefix, keep: bool, last_only: bool,
+    asking: Left, asking_tokens: int, tokens: int, to: int,
+) -> None:  # fmt: skip
+    """Add what the heads of one key/value head give to the tokens at `to`; `asking` are the rows that have queries."""
     width, head = weights.table_VE.shape[1], weights.key_norm_LD.shape[1]
-    deep, of_head = width // DEPTH, head // DEPTH
-    repeats = room.queries_TD.shape[1] // head
-    of_queries = repeats * of_head
-    factor = weights.qkv[layer, group].ctypes.data
-    multiply(
-        asking, deep * LEFT_STEP, asking_rows, factor, deep * RIGHT_STEP, of_queries,
-        room.queries_TD.ctypes.data, repeats * head * 4, deep, False,
+    of_queries, of_head, panel = weights.repeats * head, head // DEPTH, head // DEPTH * RIGHT_STEP
+    apply(
+        weights.qkv, layer, group, 0, of_queries // PANEL, asking, asking_tokens, room.queries_TD.ctypes.data,
+        of_queries * 4, False, room.ints,
     )  # fmt: skip
-    multiply(
-        room.left.ctypes.data, deep * LEFT_STEP, rows, factor + of_queries * deep * RIGHT_STEP, deep * RIGHT_STEP,
-        2 * of_head, room.keys_values_TD.ctypes.data, 2 * head * 4, deep, False,
+    apply(
+        weights.qkv, layer, group, of_queries // PANEL, 2 * head // PANEL, room.left, tokens,
+        room.keys_values_TD.ctypes.data, 2 * head * 4, False, room.ints,
     )  # fmt: skip
     keys, values = room.keys, room.values
     if keep:
         keys, values = prefix.keys[layer, group], prefix.values[layer, group]
     _put_keys_and_values(batch, room, keys, values, weights.key_norm_LD[layer], weights.eps)
-    for number in range(repeats):
+    for number in range(weights.repeats):
         _put_queries(batch, room, number * head, last_only, weights.query_norm_LD[layer], weights.eps)
-        tile, panel, row = 0, 0, 0
+        tile, key_panel, row = 0, 0, 0
         for length in batch.lengths_N:
             asked = 1 if last_only else length
             attend(
                 room.queries.ctypes.data + tile * of_head * LEFT_STEP, asked, length - asked, head,
-                keys.ctypes.data + panel * of_head * RIGHT_STEP, values.ctypes.data + panel * of_head * RIGHT_STEP,
-                -(-length // PANEL), batch.before, prefix.keys[layer, group].ctypes.data,
-                prefix.values[layer, group].ctypes.data, room.mixed.ctypes.data, of_queries, row, number * head,
+                keys.ctypes.data + key_panel * panel, values.ctypes.data + key_panel * panel, -(-length // PANEL),
+                batch.before, prefix.keys[layer, group].ctypes.data, prefix.values[layer, group].ctypes.data,
+                room.mixed_TD.ctypes.data + (row * of_queries + number * head) * 4, of_queries * 4,
                 room.of_attention,
             )  # fmt: skip
-            tile, panel, row = tile + -(-asked // ROWS), panel + -(-length // PANEL), row + asked
-    multiply(
-        room.mixed.ctypes.data, of_queries * LEFT_STEP, asking_rows, weights.out[layer, group].ctypes.data,
-        of_queries * RIGHT_STEP, width // PANEL, to, width * 4, of_queries, True,
-    )  # fmt: skip
+            tile, key_panel, row = tile + -(-asked // ROWS), key_panel + -(-length // PANEL), row + asked
+    put_rows(room.mixed_TD, asking_tokens, room.mixed, weights.in_bytes)
+    apply(
+        weights.out,
+        layer,
+        group,
+        0,
+        width // PANEL,
+        room.mixed,
+        asking_tokens,
+        to,
+        width * 4,
+        True,
+        room.ints,
+    )
 
 
 @kernel
-def _mlp(weights: Weights, layer: int, part: int, room: _Room, left: int, tokens: int, to: int) -> None:
-    """Add what one part of the MLP gives to the tokens at `to`; `left` is the left factor of its input."""
-    width, deep, rows = weights.table_VE.shape[1], weights.table_VE.shape[1] // DEPTH, -(-tokens // ROWS)
-    for factor, result_TW in ((weights.gate, room.gate_TW), (weights.up, room.up_TW)):
-        multiply(
-            left, deep * LEFT_STEP, rows, factor[layer, part].ctypes.data, deep * RIGHT_STEP, PART // PANEL,
-            result_TW.ctypes.data, PART * 4, deep, False,
-        )  # fmt: skip
-    swiglu_rows(room.gate_TW, room.up_TW, tokens, room.inner.ctypes.data)
-    multiply(
-        room.inner.ctypes.data, PART // DEPTH * LEFT_STEP, rows, weights.down[layer, part].ctypes.data,
-        PART // DEPTH * RIGHT_STEP, width // PANEL, to, width * 4, PART // DEPTH, True,
-    )  # fmt: skip
+def _mlp(weights: Weights, layer: int, part: int, room: _Room, tokens: int, to: int) -> None:
+    """Add what one part of the MLP gives to the tokens at `to`."""
+    width, panels = weights.table_VE.shape[1], PART // PANEL
+    gate, up = room.gate_TW.ctypes.data, room.up_TW.ctypes.data
+    apply(weights.gate, layer, part, 0, panels, room.left, tokens, gate, PART * 4, False, room.ints)
+    apply(weights.up, layer, part, 0, panels, room.left, tokens, up, PART * 4, False, room.ints)
+    swiglu_rows(room.gate_TW, room.up_TW, tokens, room.inner, weights.in_bytes)
+    apply(weights.down, layer, part, 0, width // PANEL, room.inner, tokens, to, width * 4, True, room.ints)
 
 
 @kernel
@@ -292,34 +285,32 @@ def forward(
     configure(CONFIGURATION.ctypes.data)
     batch = Batch(lengths_N, 0 if keep else prefix.length, angles)
     tokens, width = len(ids_T), weights.table_VE.shape[1]
-    head = weights.key_norm_LD.shape[1]
-    room = _room(batch, width, head, weights.qkv.shape[2] * PANEL // head - 2)
-    rows, step = -(-tokens // ROWS), 0
-    x_TE = np.zeros((rows * ROWS, width), np.float32)
+    room, step = _room(batch, weights), 0
+    x_TE = np.zeros((-(-tokens // ROWS) * ROWS, width), np.float32)
     for row in range(tokens):
         x_TE[row] = weights.table_VE[ids_T[row]]
 
-    layers, groups, parts = weights.qkv.shape[0], weights.qkv.shape[1], weights.down.shape[1]
+    layers, groups = weights.key_norm_LD.shape[0], weights.qkv.right.shape[1]
+    parts = weights.down.right.shape[1]
     for layer in range(layers):
         # In the last layer most tokens are needed for their keys and values alone.
         last_only = layer == layers - 1 and not keep
-        norm_rows(x_TE, tokens, weights.eps, room.left.ctypes.data)
-        asking, asking_tokens = room.left.ctypes.data, tokens
+        norm_rows(x_TE, tokens, weights.eps, room.left, weights.in_bytes)
+        asking, asking_tokens = room.left, tokens
         if last_only:
             _gather_last(x_TE, lengths_N)
-            asking, asking_tokens = room.last_left.ctypes.data, len(lengths_N)
-            norm_rows(x_TE, asking_tokens, weights.eps, asking)
+            asking, asking_tokens = room.last_left, len(lengths_N)
+            norm_rows(x_TE, asking_tokens, weights.eps, asking, weights.in_bytes)
         to = _begin(x_TE, team, member, step)
         for group in range(member, groups, team.members):
             _attention(
-                weights, layer, group, batch, room, prefix, keep, last_only, asking, -(-asking_tokens // ROWS), rows,
-                to,
-            )  # fmt: skip
+                weights, layer, group, batch, room, prefix, keep, last_only, asking, asking_tokens, tokens, to
+            )
         _end(x_TE, team, step)
-        norm_rows(x_TE, asking_tokens, weights.eps, room.left.ctypes.data)
+        norm_rows(x_TE, asking_tokens, weights.eps, room.left, weights.in_bytes)
         to = _begin(x_TE, team, member, step + 1)
         for part in range(member, parts, team.members):
-            _mlp(weights, layer, part, room, room.left.ctypes.data, asking_tokens, to)
+            _mlp(weights, layer, part, room, asking_tokens, to)
         _end(x_TE, team, step + 1)
         step += 2
     release()

@@ -5,6 +5,7 @@ split into two bfloat16 halves, the high one nearest to the number and the low o
 have 16 of float32's 24 bits.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ CONFIGURATION[48:56] = 16
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
-_F32S, _I32S, _I16S = (ir.VectorType(kind, LANES) for kind in (_F32, _I32, _I16))
+_F32S, _I32S, _I16S, _I8S = (ir.VectorType(kind, LANES) for kind in (_F32, _I32, _I16, _I8))
 
 
 # --- Tiles, which are numbered and hold 16 rows of 64 bytes
@@ -108,6 +109,13 @@ def add_product(_typing: Any, total: Any, left: Any, right: Any) -> Any:
     return _nothing(*tiles, emit=lambda b, a: _call(b, "llvm.x86.tdpbf16ps", *map(_tile, tiles)))
 
 
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_product_of_bytes(_typing: Any, total: Any, left: Any, right: Any) -> Any:
+    """Tile `total` (int32) += left (int8, 16 x 64) times right (int8, fours of its 64 rows side by side)."""
+    tiles = (total, left, right)
+    return _nothing(*tiles, emit=lambda b, a: _call(b, "llvm.x86.tdpbssd", *map(_tile, tiles)))
+
+
 # --- Members of a team
 
 
@@ -164,7 +172,7 @@ def _read(builder: Any, address: Any) -> Any:
 
 
 def _write(builder: Any, value: Any, address: Any) -> None:
-    align = 2 if value.type == _I16S else 4
+    align = {_I16S: 2, _I8S: 1}.get(value.type, 4)
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
@@ -207,6 +215,41 @@ def _power_of_two(builder: Any, x: Any) -> Any:
     return _call(builder, name, total, whole, total, everywhere, as_set, returns=_F32S)
 
 
+def _largest(*, absolute: bool) -> Any:
+    """Signature and code of the largest of so many numbers at an address; NaN is passed over."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        x, count = arguments
+        lanes = ir.Constant(count.type, LANES)
+        most = cgutils.alloca_once_value(builder, _all(0.0 if absolute else -math.inf))
+        rounds = builder.sdiv(builder.add(count, ir.Constant(count.type, LANES - 1)), lanes)
+        with cgutils.for_range(builder, rounds) as loop:
+            done = builder.mul(loop.index, lanes)
+            numbers = _read(builder, builder.add(x, builder.mul(done, ir.Constant(x.type, 4))))
+            if absolute:
+                numbers = _call(builder, "llvm.fabs.v16f32", numbers, returns=_F32S)
+            left = _spread(builder, builder.trunc(builder.sub(count, done), _I32))
+            counted = builder.icmp_signed("<", ir.Constant(_I32S, list(range(LANES))), left)
+            before = builder.load(most)
+            larger = builder.and_(counted, builder.fcmp_ordered(">", numbers, before))
+            builder.store(builder.select(larger, numbers, before), most)
+        return _call(builder, "llvm.vector.reduce.fmax.v16f32", builder.load(most), returns=_F32)
+
+    return types.float32(types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def largest(_typing: Any, x: Any, count: Any) -> Any:
+    """The largest of `count` numbers; minus infinity of none."""
+    return _largest(absolute=False)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def largest_size(_typing: Any, x: Any, count: Any) -> Any:
+    """The largest absolute value of `count` numbers; 0 of none."""
+    return _largest(absolute=True)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def split(_typing: Any, x: Any, factor: Any, to_high: Any, to_low: Any) -> Any:
     """Write the halves of x * factor, 16 bits each."""
@@ -217,17 +260,66 @@ def split(_typing: Any, x: Any, factor: Any, to_high: Any, to_low: Any) -> Any:
     return _nothing(types.intp, types.float32, types.intp, types.intp, emit=emit)
 
 
+def _swiglu(builder: Any, gate: Any, up: Any) -> Any:
+    gate = _read(builder, gate)
+    power = _power_of_two(builder, builder.fmul(gate, _all(-1.4426950408889634)))
+    silu = builder.fdiv(gate, builder.fadd(power, _all(1.0)))
+    return builder.fmul(silu, _read(builder, up))
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def split_swiglu(_typing: Any, gate: Any, up: Any, to_high: Any, to_low: Any) -> Any:
     """Write the halves of silu(gate) * up."""
 
     def emit(b: Any, a: Any) -> None:
-        gate = _read(b, a[0])
-        power = _power_of_two(b, b.fmul(gate, _all(-1.4426950408889634)))
-        silu = b.fdiv(gate, b.fadd(power, _all(1.0)))
-        _write_halves(b, b.fmul(silu, _read(b, a[1])), a[2], a[3])
+        _write_halves(b, _swiglu(b, a[0], a[1]), a[2], a[3])
 
     return _nothing(types.intp, types.intp, types.intp, types.intp, emit=emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def swiglu(_typing: Any, gate: Any, up: Any) -> Any:
+    """Write silu(gate) * up where gate was."""
+
+    def emit(b: Any, a: Any) -> None:
+        _write(b, _swiglu(b, a[0], a[1]), a[0])
+
+    return _nothing(types.intp, types.intp, emit=emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def multiply_by(_typing: Any, x: Any, factor: Any) -> Any:
+    """Write x * factor where x was."""
+
+    def emit(b: Any, a: Any) -> None:
+        _write(b, b.fmul(_read(b, a[0]), _spread(b, a[1])), a[0])
+
+    return _nothing(types.intp, types.float32, emit=emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def to_bytes(_typing: Any, x: Any, factor: Any, to: Any) -> Any:
+    """Write x * factor, rounded, as bytes; it is between -127 and 127."""
+
+    def emit(b: Any, a: Any) -> None:
+        scaled = b.fmul(_read(b, a[0]), _spread(b, a[1]))
+        nearest = _call(b, "llvm.rint.v16f32", scaled, returns=_F32S)
+        _write(b, b.trunc(b.fptosi(nearest, _I32S), _I8S), a[2])
+
+    return _nothing(types.intp, types.float32, types.intp, emit=emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_ints(_typing: Any, x: Any, factor: Any, of_columns: Any, kept: Any, to: Any) -> Any:
+    """Write x (int32) * factor * what its columns have, plus `kept` (0 or 1) times what is there."""
+
+    def emit(b: Any, a: Any) -> None:
+        ints = b.load(b.inttoptr(a[0], _I32S.as_pointer()), align=4)
+        scale = b.fmul(_read(b, a[2]), _spread(b, a[1]))
+        before = b.select(b.fcmp_ordered("==", a[3], _number(0.0)), _all(0.0), _read(b, a[4]))
+        _write(b, _call(b, "llvm.fma.v16f32", b.sitofp(ints, _F32S), scale, before, returns=_F32S), a[4])
+
+    return _nothing(types.intp, types.float32, types.intp, types.float32, types.intp, emit=emit)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

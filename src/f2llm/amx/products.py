@@ -15,10 +15,9 @@ from f2llm.amx.instructions import add_product, fetch, load, store, zero
 
 ROWS, DEPTH, PANEL = 16, 32, 32  # of a left tile, of a left tile, of a panel of the right factor
 TILE = 1024  # bytes
-LEFT_STEP, RIGHT_STEP = (
-    2 * TILE,
-    4 * TILE,
-)  # bytes of a depth of 32: two halves of a tile, two halves of two tiles
+# Bytes of a depth of 32: two halves of a tile, two halves of two tiles.
+LEFT_STEP, RIGHT_STEP = 2 * TILE, 4 * TILE
+FETCH_ROWS = 8  # rows of left tiles from which on asking for the next part of the right factor pays
 DEEP = 5  # steps of depth whose part of a panel (20 KB) stays in a core's first cache
 
 
@@ -52,7 +51,7 @@ def multiply(
             more = add or first > 0
             # Meanwhile the next part of the factor comes nearer, a bit with each two rows.
             coming = b + deep * RIGHT_STEP if first + deep < depth else right + (panel + 1) * right_panel
-            bit = -(-steps * RIGHT_STEP // (rows // 2 * 64)) * 64 if rows > 8 else 0
+            bit = -(-steps * RIGHT_STEP // (rows // 2 * 64)) * 64 if rows > FETCH_ROWS else 0
             for row in range(0, rows - 1, 2):
                 for line in range(0, bit, 64):
                     fetch(coming + row // 2 * bit + line)

@@ -7,17 +7,24 @@ width, E and F inputs and outputs of a map, K numbers of a column.
 import numpy as np
 
 from f2llm.amx.compiling import any_order, kept_on_disk, kernel
-from f2llm.amx.instructions import LANES, split, split_pairs, split_swiglu, turn
+from f2llm.amx.instructions import LANES, split, split_pairs, turn
 from f2llm.amx.products import DEPTH, LEFT_STEP, PANEL, ROWS, TILE
 
 
 @any_order
-def inverse_rms(x_TW: np.ndarray, row: int, first: int, width: int, eps: np.float32) -> np.float32:
-    """1 / sqrt(mean(x²) + eps) of `width` numbers of a row, from `first` on."""
+def sum_of_squares(x_TW: np.ndarray, row: int, first: int, width: int) -> np.float32:
+    """Of `width` numbers of a row, from `first` on."""
     total = np.float32(0)
     for i in range(first, first + width):
         total += x_TW[row, i] * x_TW[row, i]
-    return np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+    return total
+
+
+@kernel
+def inverse_rms(x_TW: np.ndarray, row: int, first: int, width: int, eps: np.float32) -> np.float32:
+    """1 / sqrt(mean(x²) + eps) of `width` numbers of a row, from `first` on."""
+    mean = sum_of_squares(x_TW, row, first, width) / np.float32(width)
+    return np.float32(1) / np.sqrt(mean + eps)
 
 
 @kernel
@@ -33,33 +40,6 @@ def put_row(x: int, width: int, factor: np.float32, left: int, depth: int, row: 
     for i in range(0, width, LANES):
         to = place(left, depth, row, first + i)
         split(x + 4 * i, factor, to, to + TILE)
-
-
-@kernel
-def norm_rows(x_TW: np.ndarray, rows: int, eps: np.float32, left: int) -> None:
-    """RMSNorm without its weight, which is part of the map that follows."""
-    width = x_TW.shape[1]
-    for row in range(rows):
-        put_row(
-            x_TW.ctypes.data + row * width * 4,
-            width,
-            inverse_rms(x_TW, row, 0, width, eps),
-            left,
-            width // DEPTH,
-            row,
-            0,
-        )
-
-
-@kernel
-def swiglu_rows(gate_TW: np.ndarray, up_TW: np.ndarray, rows: int, left: int) -> None:
-    """silu(gate) * up."""
-    width = gate_TW.shape[1]
-    for row in range(rows):
-        at = row * width * 4
-        for i in range(0, width, LANES):
-            to = place(left, width // DEPTH, row, i)
-            split_swiglu(gate_TW.ctypes.data + at + 4 * i, up_TW.ctypes.data + at + 4 * i, to, to + TILE)
 
 
 @kernel

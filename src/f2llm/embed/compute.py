@@ -4,18 +4,20 @@ Shape suffixes: N sequences, B sequences of a batch, E hidden width.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from f2llm.amx.hardware import why_not
+from f2llm.errors import F2Error
 from f2llm.model.batches import forward, token_batches
 from f2llm.model.decoder import Decoder, Prefix
 
 TOKENS_PER_BATCH = 8192  # of torch
 
 Tokens = Sequence[int]
+Precision = Literal["float32", "int8"]
 
 
 class Compute(Protocol):
@@ -42,13 +44,23 @@ def make_ready() -> None:
         load_kernels()
 
 
-def compute_for(decoder: Decoder) -> Compute:
-    """The fastest way that this machine has; it takes the decoder over."""
-    if why_not() is None:
-        from f2llm.amx.decoder import AmxDecoder, supports
+def compute_for(decoder: Decoder, precision: Precision = "float32") -> Compute:
+    """The fastest way that this machine has; it takes the decoder over.
 
-        if supports(decoder.config):
-            return AmxDecoder(decoder, torch.get_num_threads())
+    Raises F2Error for int8 where there are no matrix units, or the model's sizes do not fit them.
+    """
+    reason = why_not()
+    if reason is None:
+        from f2llm.amx.decoder import AmxDecoder, why_not_fitting
+
+        reason = why_not_fitting(decoder.config, precision == "int8")
+        if reason is None:
+            return AmxDecoder(decoder, torch.get_num_threads(), precision == "int8")
+    if precision == "int8":
+        raise F2Error(
+            f"int8 needs the processor's matrix units, which this model cannot use here ({reason}); leave it in "
+            "float32, or export it: f2llm export MODEL OUT --to onnx --quantize int8."
+        )
     return TorchDecoder(decoder)
 
 

@@ -7,6 +7,7 @@ function (`truncate`). `encode` is all of it; a server does the steps one by one
 Shape suffixes: N texts, U distinct token sequences, D dims.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from f2llm.embed.compute import compute_for, make_ready
+from f2llm.embed.compute import Precision, compute_for, make_ready
 from f2llm.embed.prefixes import Prefixes, in_common
 from f2llm.errors import UsageError
 from f2llm.model.base import load_base
@@ -39,11 +40,22 @@ def truncate(vectors_ND: np.ndarray, dim: int, normalize: bool = True) -> np.nda
     return cut / np.maximum(length, np.finfo(np.float32).tiny)
 
 
+def identity_in(precision: Precision, identity: str) -> str:
+    """That of a model whose vectors are computed in a precision: the model's own for float32."""
+    if precision == "float32":
+        return identity
+    return hashlib.sha256(f"{identity}\0{precision}".encode()).hexdigest()
+
+
 class Embedder:
     """A model, ready to turn texts into vectors."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, precision: Precision = "float32") -> None:
         """Any Qwen3 embedding model: a folder, or a model of the hub as `owner/name` or `owner/name@revision`.
+
+        Args:
+            precision: of linear maps. int8 is smaller and faster, gives other vectors, and has an identity of its own,
+                so that they are never compared with those of float32.
 
         Raises F2Error for a model whose vectors this decoder would compute otherwise (see `f2llm.model.base`).
         """
@@ -57,9 +69,9 @@ class Embedder:
         self._width = model.decoder.config.hidden_size
         self.dim = self.facts.dim or self._width
         self.max_length = self.facts.max_length
-        self.identity = self.facts.identity
+        self.identity = identity_in(precision, self.facts.identity)
         self.parameters = model_size(model.decoder)
-        self._compute = compute_for(model.decoder)
+        self._compute = compute_for(model.decoder, precision)
         self.lanes = self._compute.lanes
         self._prefixes = Prefixes(self._compute.prefix)
 
