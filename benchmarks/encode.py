@@ -2,8 +2,8 @@
 
 The peer runs at its default batch size and at its best of 1, 2, 4 ... 32 (found first, one pass each), both without
 and with our memory policy; tokens are real ones, and both sides are timed from strings to vectors. Counted as
-multiply-adds are those that the vectors cannot be had without. Then short queries behind one instruction, with and
-without computing it once.
+multiply-adds are those that the vectors cannot be had without. Then int8, as told in encode_int8.py, and short queries
+behind one instruction, with and without computing it once.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from encode_int8 import int8_part
 from f2llm.files import write_json
 from f2llm.model.decoder import DecoderConfig
 from f2llm.model.folder import Model
@@ -152,7 +153,11 @@ def parts(folder: Path, small: bool) -> list[Part]:
         except PeerMissing as missing:
             rows = (AT_DEFAULT, AT_BEST, COSINE, AT_BEST_POLICY)
             figures = [skipped(row, str(missing)) for row in rows]
-    return [Part([*figures, arithmetic], inputs, workers), shared_prefix(folder, size, model)]
+    return [
+        Part([*figures, arithmetic], inputs, workers),
+        int8_part(folder, size, MAX_LENGTH),
+        shared_prefix(folder, size, model),
+    ]
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def family_size(name: str) -> Size:
 
 
 FULL = family_size("80M")
-SMALL = Size("small", DecoderConfig(1024, 32, 64, 2, 4, 2, 16), real=False)
+SMALL = Size("small", DecoderConfig(1024, 64, 128, 2, 4, 2, 32), real=False)  # fits the tiles of matrix units
 
 
 def draw_texts(size: Size, columns: list[tuple[str, str]], count: int) -> tuple[list[str], str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from encode_int8 import best_batch
 from f2llm.export.export import export_model
 from f2llm.export.onnx_graph import int8_linear
 from f2llm.export.onnx_model import write_onnx
@@ -20,7 +21,6 @@ from inputs import EVERYTHING, FULL, SMALL, describe, draw_texts, make_model, to
 
 TRAINED = ROOT / "runs" / "quickstart" / "large"
 MAX_LENGTH = 512  # tokens
-BATCH_TOKENS = (128, 256, 512, 1024, 2048)
 
 SPEED = Row("tokens/s of int8 in ONNX Runtime, peer our decoder in float32 by torch", bar=1.5)
 COSINE = Row("smallest cosine between vectors of int8 and of float32, random weights", bar=0.98)
@@ -40,7 +40,7 @@ def int8(folder: Path, small: bool) -> Part:
     arguments = (folder / "model", folder / "onnx", folder / "texts.json", MAX_LENGTH)
     with (
         worker("encode_ours", folder / "model", folder / "texts.json", "torch", keep_memory=True) as ours,
-        worker("int8_onnx", *arguments, keep_memory=True) as exported,
+        worker("exported", "onnx", *arguments, keep_memory=True) as exported,
     ):
         best = best_batch(exported)
         seconds = take_turns(
@@ -54,16 +54,6 @@ def int8(folder: Path, small: bool) -> Part:
         ]
     facts = {"float32": ours.facts, "int8": {**exported.facts, "tokens_in_a_batch": best}}
     return Part(figures, {"int8": describe(size, model, token_ids(model, texts), origin)}, facts)
-
-
-def best_batch(exported: Worker) -> int:
-    """Tokens of the batches that are fastest, after a warm-up of each."""
-    seconds = {}
-    for tokens in BATCH_TOKENS:
-        exported.call("encode", tokens=tokens)
-        seconds[tokens] = exported.call("encode", tokens=tokens)
-    print(f"int8, seconds by tokens of a batch: {seconds}", flush=True)
-    return min(seconds, key=lambda tokens: seconds[tokens])
 
 
 def smallest_cosine(ours: Worker, exported: Worker, tokens: int, folder: Path) -> float:

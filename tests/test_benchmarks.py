@@ -78,6 +78,11 @@ PROMISED = {
     },
     "encode": {
         "billion multiply-adds/s of encoding, peer torch.mm alone": (0.75, "higher"),
+        "tokens/s of int8, peer ONNX Runtime int8": (1, "higher"),
+        "tokens/s of int8, peer OpenVINO int8": (1, "higher"),
+        "smallest cosine of int8 with float32, peer ONNX Runtime int8": (1, "higher"),
+        "smallest cosine of int8 with float32, peer OpenVINO int8": (1, "higher"),
+        "tokens/s of int8, peer our float32": (None, "higher"),
         "queries/s of 12 tokens behind 25 of an instruction, peer without sharing them": (2, "higher"),
         "smallest cosine between their vectors with and without sharing": (0.99999, "higher"),
         "tokens/s, peer at its default batch size": (6, "higher"),

@@ -1,4 +1,4 @@
-"""Encoding with `Embedder`: in the best way of this machine, or by torch."""
+"""Encoding with `Embedder`: in the best way of this machine, by torch, or in int8."""
 
 import os
 import time
@@ -18,7 +18,7 @@ from workers.arithmetic import linear_shapes, most_products
 def commands(model_folder: str, texts_file: str, compute: str = "best") -> dict[str, Callable[..., Any]]:
     if compute == "torch":
         os.environ["F2LLM_AMX"] = "0"
-    embedder = Embedder(model_folder)
+    embedder = Embedder(model_folder, "int8" if compute == "int8" else "float32")
     texts = read_json(Path(texts_file))
 
     def encode() -> float:

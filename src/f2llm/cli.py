@@ -163,6 +163,7 @@ def embed(
     instruction: Annotated[str | None, typer.Option(help="Another instruction for queries.")] = None,
     dim: Dim = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
+    precision: cli_serve.PrecisionOption = "float32",
     engine: Annotated[
         Literal["local", "ray"],
         typer.Option(help="Who computes: processes here, or the Ray cluster that RAY_ADDRESS names."),
@@ -180,7 +181,7 @@ def embed(
     if output is None:
         from f2llm.embed.embedder import Embedder
 
-        stream = Embedder(model).encode_stream(
+        stream = Embedder(model, precision).encode_stream(
             found, prompt=prompt, instruction=instruction, dim=dim, too_long=too_long
         )
         for vector in stream:
@@ -191,7 +192,7 @@ def embed(
     from f2llm.engine import Engine
 
     who = Engine(engine, workers or (1 if engine == "local" else None))
-    done = embed_file(Job(model, prompt, instruction, dim, too_long), found, output, who)
+    done = embed_file(Job(model, precision, prompt, instruction, dim, too_long), found, output, who)
     cut = f", {done.cut} of the texts cut" if done.cut else ""
     typer.echo(f"{done.texts} vectors in {output}{cut}")
 

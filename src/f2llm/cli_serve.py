@@ -10,6 +10,11 @@ from f2llm.errors import UsageError
 
 app = typer.Typer(rich_markup_mode=None)
 
+PrecisionOption = Annotated[
+    Literal["float32", "int8"],
+    typer.Option(help="Of linear maps. int8 gives other vectors, under an identity of their own."),
+]
+
 
 @app.command()
 def serve(
@@ -31,6 +36,17 @@ def serve(
             help="What arrays of token ids are: refused, the model's own ids, or OpenAI's, made texts again."
         ),
     ] = "reject",
+    precision: PrecisionOption = "float32",
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens that a thread computes at once; 768 or 1,024 by default."),
+    ] = None,
+    max_waiting_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens computed before a request from which on it is refused; 5,120 by default."
+        ),
+    ] = None,
 ) -> None:
     """Serve vectors over HTTP, by the protocols of OpenAI, Cohere and Text Embeddings Inference."""
     keys = [api_key(api_key_env)] if api_key_env else []
@@ -42,7 +58,16 @@ def serve(
         raise UsageError(
             f"serving needs {error.name}, which is not installed; pip install 'f2llm[serve]'."
         ) from None
-    run(models, host=host, port=port, keys=[key for key in keys if key], token_arrays=token_arrays)
+    run(
+        models,
+        host=host,
+        port=port,
+        keys=[key for key in keys if key],
+        token_arrays=token_arrays,
+        precision=precision,
+        tokens_per_batch=tokens_per_batch,
+        max_waiting_tokens=max_waiting_tokens,
+    )
 
 
 def _keys(path: Path) -> list[str]:

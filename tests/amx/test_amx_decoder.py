@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from f2llm.amx.hardware import why_not
 from f2llm.model.batches import forward
-from f2llm.model.decoder import Decoder, DecoderConfig
+from f2llm.model.decoder import Decoder, DecoderConfig, Layer
 from f2llm.model.folder import Model
 
 if reason := why_not():
@@ -143,7 +144,7 @@ def simulated(decoder: Decoder, batch: Sequence[Sequence[int]]) -> np.ndarray:
         return (x / scale.clamp_min(1e-30)).round() * scale
 
     copy = deepcopy(decoder)
-    for layer in copy.layers:
+    for layer in cast(list[Layer], list(copy.layers)):
         attention, mlp = layer.self_attn, layer.mlp
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         for map_, norm in (

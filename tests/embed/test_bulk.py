@@ -44,7 +44,7 @@ def read(output: Path) -> tuple[list[str] | None, np.ndarray, dict[str, object]]
 @pytest.mark.parametrize("name", ["v.npy", "v.parquet", "v.lance"])
 def test_every_format_has_the_vectors_of_the_library(name: str, model_folder: Path, tmp_path: Path) -> None:
     embedder = Embedder(model_folder)
-    done = embed_file(Job(str(model_folder), "query", dim=8), iter(TEXTS), tmp_path / name)
+    done = embed_file(Job(str(model_folder), prompt="query", dim=8), iter(TEXTS), tmp_path / name)
     texts, vectors_ND, made = read(tmp_path / name)
     assert done == Done(50, 0)
     assert texts in (None, TEXTS)

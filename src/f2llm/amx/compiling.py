@@ -29,11 +29,14 @@ def kept_on_disk(function: F) -> F:
     numba by itself looks at the function's own file: after a change in another one it would go on with what it has.
     Where nothing can be written, every process compiles anew.
     """
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_folder())
+    folder = _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return kernel(function)
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
         return cast(F, numba.njit(function, cache=True, **KERNEL))
-    except (RuntimeError, OSError):
-        return kernel(function)
     finally:
         numba.config.CACHE_DIR = before
 

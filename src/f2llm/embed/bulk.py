@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from f2llm.embed.compute import Precision
 from f2llm.embed.embedder import Embedder
 from f2llm.engine import Engine, map_items, using
 from f2llm.errors import F2Error, UsageError
@@ -42,6 +43,7 @@ class Job:
     """A model and how it is asked, as by `Embedder` and its `encode`."""
 
     model: str
+    precision: Precision = "float32"
     prompt: str | None = None
     instruction: str | None = None
     dim: int | None = None
@@ -111,9 +113,10 @@ def embed_file(job: Job, texts: Iterable[str], output: Path, engine: Engine | No
 
 def _made_by(job: Job) -> dict[str, Any]:
     """All that a text's vector depends on; UsageError for a job that cannot be done, before any text is read."""
-    embedder = _embedder(job.model)
+    embedder = _embedder(job.model, job.precision)
     return {
         "identity": embedder.identity,
+        "precision": job.precision,
         "prompt": embedder.prefix(job.prompt, job.instruction),
         "dim": embedder.check_dim(job.dim),
         "too_long": job.too_long,
@@ -121,9 +124,9 @@ def _made_by(job: Job) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _embedder(model: str) -> Embedder:
+def _embedder(model: str, precision: Precision) -> Embedder:
     """One for all parts that a process works on."""
-    return Embedder(model)
+    return Embedder(model, precision)
 
 
 # --- Parts
@@ -163,7 +166,7 @@ def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
 def _embed_part(part: _Part) -> None:
     texts = _read(part.texts)["text"].to_pylist()
     job = part.job
-    vectors_ND, cut = _embedder(job.model).encode_part(
+    vectors_ND, cut = _embedder(job.model, job.precision).encode_part(
         texts,
         prompt=job.prompt,
         instruction=job.instruction,

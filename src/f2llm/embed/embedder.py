@@ -69,6 +69,7 @@ class Embedder:
         self._width = model.decoder.config.hidden_size
         self.dim = self.facts.dim or self._width
         self.max_length = self.facts.max_length
+        self.precision = precision
         self.identity = identity_in(precision, self.facts.identity)
         self.parameters = model_size(model.decoder)
         self._compute = compute_for(model.decoder, precision)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
+from f2llm.embed.compute import Precision
 from f2llm.embed.embedder import Embedder
 from f2llm.errors import UsageError
 from f2llm.progress import say
@@ -24,13 +25,23 @@ CONNECTIONS_WAITING = 2048
 
 
 def serve(
-    sources: Sequence[str], *, host: str, port: int, keys: Sequence[str], token_arrays: TokenArrays
+    sources: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    keys: Sequence[str],
+    token_arrays: TokenArrays,
+    precision: Precision = "float32",
+    tokens_per_batch: int | None = None,
+    max_waiting_tokens: int | None = None,
 ) -> None:
     """Serve models until the process is told to stop.
 
     Args:
         sources: `MODEL` or `NAME=MODEL` each.
         port: 0 takes a free one; which, is said on standard error.
+        precision: of all models.
+        tokens_per_batch, max_waiting_tokens: as of `Scheduler`.
 
     Raises UsageError for an address that cannot be had, and whatever loading a model raises.
     """
@@ -38,8 +49,14 @@ def serve(
     with listening(host, port) as address:
         served = []
         for name, source in by_name.items():
-            embedder = Embedder(source)
-            served.append(Served(name, embedder, Scheduler(embedder.raw, lanes=embedder.lanes)))
+            embedder = Embedder(source, precision)
+            scheduler = Scheduler(
+                embedder.raw,
+                lanes=embedder.lanes,
+                tokens_per_batch=tokens_per_batch,
+                max_waiting_tokens=max_waiting_tokens,
+            )
+            served.append(Served(name, embedder, scheduler))
         app = make_app(served, keys=keys, token_arrays=token_arrays)
         shown = f"[{host}]" if ":" in host else host
         say(f"{', '.join(by_name)} at http://{shown}:{address.getsockname()[1]}")

@@ -22,7 +22,7 @@ async def info(request: Request, model: str | None = Query(None)) -> dict[str, A
     return {
         "model_id": served.name,
         "model_sha": embedder.identity,
-        "model_dtype": "float32",
+        "model_dtype": embedder.precision,
         "served_model_name": served.name,
         "model_type": {"embedding": {"pooling": "last_token"}},
         "max_concurrent_requests": 2**31 - 1,  # what waits is limited, in tokens; clients expect a number
