@@ -24,7 +24,7 @@ def _product(x_MK: np.ndarray, right: np.ndarray, out_MN: np.ndarray, left: np.n
     deep = x_MK.shape[1] // 32
     for row in range(len(x_MK)):
         address = x_MK.ctypes.data + row * x_MK.shape[1] * 4
-        steps.put_row(address, x_MK.shape[1], np.float32(1), left.ctypes.data, deep, row, 0)
+        steps.put_row(address, x_MK.shape[1], np.float32(1), left.ctypes.data, row)
     multiply(
         left.ctypes.data, deep * LEFT_STEP, (len(x_MK) + 15) // 16, right.ctypes.data, deep * RIGHT_STEP,
         out_MN.shape[1] // 32, out_MN.ctypes.data, out_MN.shape[1] * 4, deep, add,

@@ -133,7 +133,7 @@ def _put_queries(
             position = batch.before + length - asked + i
             turn_head(room.queries_TD, row + i, first, weight_D, eps, batch.angles, position, room.turned_D)
             to = room.queries.ctypes.data
-            put_row(room.turned_D.ctypes.data, width, np.float32(1), to, width // DEPTH, tile * ROWS + i, 0)
+            put_row(room.turned_D.ctypes.data, width, np.float32(1), to, tile * ROWS + i)
         row, tile = row + asked, tile + -(-asked // ROWS)
 
 

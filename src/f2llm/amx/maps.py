@@ -48,7 +48,7 @@ def norm_rows(x_TW: np.ndarray, rows: int, eps: np.float32, left: Left, in_bytes
             _put_bytes(x_TW, row, factor, left)
         else:
             at = x_TW.ctypes.data + row * left.width * 4
-            put_row(at, left.width, factor, left.factor.ctypes.data, left.width // products.DEPTH, row, 0)
+            put_row(at, left.width, factor, left.factor.ctypes.data, row)
 
 
 @kernel
@@ -59,7 +59,7 @@ def put_rows(x_TW: np.ndarray, rows: int, left: Left, in_bytes: bool) -> None:
             _put_bytes(x_TW, row, np.float32(1), left)
         else:
             at, one = x_TW.ctypes.data + row * left.width * 4, np.float32(1)
-            put_row(at, left.width, one, left.factor.ctypes.data, left.width // products.DEPTH, row, 0)
+            put_row(at, left.width, one, left.factor.ctypes.data, row)
 
 
 @kernel

@@ -6,8 +6,8 @@ are kept in float32. The error is 4 in 10^6 of a typical result (float32 alone: 
 Both factors are laid out in tiles of 1,024 bytes, the high half before the low one, so that every load is one run of
 memory: no row of a large matrix shares cache sets with the next, which is where plain layouts lose.
 
-Shape suffixes: M, K, N rows, depth and columns in tiles of the left factor (16 rows, depth of 32), h the two halves;
-P panels of 32 columns of the right factor; E, F the same in numbers.
+    left   [rows of tiles, depth, half, 16 rows, 32 of depth]                                  bfloat16
+    right  [panels of 32 columns, depth, half, 2 tiles, 16 pairs of depth, 16 columns, pair]   bfloat16
 """
 
 from f2llm.amx.compiling import kernel
@@ -42,6 +42,7 @@ def multiply(
         rows: rows of left tiles. panels: of the right factor. depth: in steps of 32. add: to what out holds.
     """
     steps = -(-depth // -(-depth // DEEP))
+    bit = -(-steps * RIGHT_STEP // (rows // 2 * 64)) * 64 if rows > FETCH_ROWS else 0
     for panel in range(panels):
         to = out + panel * PANEL * 4
         for first in range(0, depth, steps):
@@ -51,7 +52,6 @@ def multiply(
             more = add or first > 0
             # Meanwhile the next part of the factor comes nearer, a bit with each two rows.
             coming = b + deep * RIGHT_STEP if first + deep < depth else right + (panel + 1) * right_panel
-            bit = -(-steps * RIGHT_STEP // (rows // 2 * 64)) * 64 if rows > FETCH_ROWS else 0
             for row in range(0, rows - 1, 2):
                 for line in range(0, bit, 64):
                     fetch(coming + row // 2 * bit + line)

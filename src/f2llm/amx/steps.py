@@ -35,10 +35,10 @@ def place(left: int, depth: int, row: int, number: int) -> int:
 
 
 @kernel
-def put_row(x: int, width: int, factor: np.float32, left: int, depth: int, row: int, first: int) -> None:
-    """X * factor, `width` numbers, into a row of a left factor, from number `first` on."""
+def put_row(x: int, width: int, factor: np.float32, left: int, row: int) -> None:
+    """Write `width` numbers at address `x`, times factor, into a row of the left factor at `left`."""
     for i in range(0, width, LANES):
-        to = place(left, depth, row, first + i)
+        to = place(left, width // DEPTH, row, i)
         split(x + 4 * i, factor, to, to + TILE)
 
 
