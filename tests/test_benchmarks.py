@@ -384,7 +384,8 @@ def run_without(library: str, topic: str, folder: Path) -> dict[str, str]:
 
 def test_without_its_peer_encode_measures_ours_alone(tmp_path: Path) -> None:
     statuses = run_without("sentence_transformers", "encode", tmp_path)
-    assert {name for name, status in statuses.items() if status == "measured"} == {
+    ours = {name for name, status in statuses.items() if status == "measured" and "int8" not in name}
+    assert ours == {
         "billion multiply-adds/s of encoding, peer torch.mm alone",
         "queries/s of 12 tokens behind 25 of an instruction, peer without sharing them",
         "smallest cosine between their vectors with and without sharing",
